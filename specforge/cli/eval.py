@@ -1,0 +1,35 @@
+"""`specforge eval CONFIG.yaml --checkpoint RUN/best`: acceptance of a draft on held-out answers."""
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from specforge.config import load_config
+
+
+def run(words: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="specforge eval",
+        description="Measure a checkpoint on held-out answers. The last line of the output is one JSON object.",
+    )
+    parser.add_argument("config", help="the configuration of the run, for example RUN/config.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that win over the file")
+    parser.add_argument("--checkpoint", required=True, help="RUN/best, RUN/latest or a step folder")
+    given = parser.parse_args(words)
+    config = load_config(given.config, given.overrides)
+
+    from specforge.cli.compose import evaluate_checkpoint, set_threads
+    from specforge.cli.table import acceptance_table
+    from specforge.distributed import World
+
+    world = World.join()
+    set_threads(world)
+    try:
+        numbers = evaluate_checkpoint(config, Path(given.checkpoint), world)
+    finally:
+        world.leave()
+    if world.is_main:
+        print(acceptance_table(numbers))
+        print(json.dumps(numbers))
+    return 0

@@ -1,0 +1,51 @@
+"""`specforge prepare CONFIG.yaml`: look at the data, let the target answer it, capture what the target says about it."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from specforge.config import load_config
+
+
+def run(words: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="specforge prepare",
+        description="Without options: capture the features of the training and the held-out rows. Runs under torchrun too.",
+    )
+    parser.add_argument("config", help="YAML file of the run")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that win over the file")
+    parser.add_argument("--show", type=int, metavar="N", help="print N samples, the supervised tokens marked, and stop")
+    parser.add_argument("--regenerate", metavar="OUT.jsonl", help="write the target's own answers to the rows of data.train_path, and stop")
+    parser.add_argument("--max-new-tokens", type=int, default=1024, help="length limit of an answer (default 1024)")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0: greedy (default)")
+    parser.add_argument("--batch", type=int, default=128, help="answers generated at a time (default 128)")
+    given = parser.parse_args(words)
+    config = load_config(given.config, given.overrides)
+
+    from specforge.cli import compose
+    from specforge.data.template import show
+    from specforge.distributed import World
+
+    if given.show is not None:
+        samples = compose.encode(config, "train").samples
+        print(show(samples, compose.load_tokenizer(config), given.show, colour=sys.stdout.isatty()))
+        return 0
+    world = World.join()
+    compose.set_threads(world)
+    try:
+        if given.regenerate:
+            done = compose.regenerate_answers(
+                config, Path(given.regenerate), world,
+                max_new_tokens=given.max_new_tokens, temperature=given.temperature, batch_rows=given.batch,
+            )  # fmt: skip
+            ended = done.answered - done.unfinished
+            line = f"{done.answered} answers in {given.regenerate}, {ended} ended by themselves, {done.too_long} prompts too long for the target"
+        else:
+            heldout, train = compose.prepare_features(config, world)
+            line = f"features: {len(train)} training samples in {train.folder}, {len(heldout)} held-out samples in {heldout.folder}"
+        if world.is_main:
+            print(line)
+    finally:
+        world.leave()
+    return 0

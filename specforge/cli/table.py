@@ -1,0 +1,28 @@
+"""The numbers of an evaluation as a table for people."""
+
+from collections.abc import Mapping
+from typing import Any
+
+
+def acceptance_table(numbers: Mapping[str, Any]) -> str:
+    """Overall and by domain, each acceptance length with what it means; the n-gram drafter beside the draft."""
+    drafts = numbers["eval/draft_tokens"]
+    lines = [f"chain of K={drafts} drafts, greedy, bonus token counted; {numbers['eval/samples']} samples"]
+    positions = zip(numbers["eval/per_position_acc"], numbers["eval/survival"], strict=True)
+    lines += [f"{'draft':<10}{'accuracy a_k':>14}{'survival s_k':>14}"]
+    lines += [f"{k:<10}{accuracy:>14.3f}{survival:>14.3f}" for k, (accuracy, survival) in enumerate(positions, 1)]
+    lines += ["", f"{'':<24}{'draft':>8}{'n-gram':>9}"]
+    lines.append(_row("walk_acc_len", numbers, "eval/walk_acc_len", "eval/ngram_walk_acc_len"))
+    if "eval/walk_acc_len_low" in numbers:
+        draft, ngram = (f"{numbers[f'eval/{name}_low']:.2f}..{numbers[f'eval/{name}_high']:.2f}" for name in ("walk_acc_len", "ngram_walk_acc_len"))
+        lines.append(f"  95 % interval: draft {draft}, n-gram {ngram}")
+    lines.append(_row("acc_len", numbers, "eval/acc_len", "eval/ngram_acc_len"))
+    lines.append(_row("simulated_acc_len", numbers, "eval/simulated_acc_len", ""))
+    domains = sorted({name.split("/")[1] for name in numbers if name.count("/") == 2})
+    lines += [_row(f"walk, {domain}", numbers, f"eval/{domain}/walk_acc_len", f"eval/{domain}/ngram_walk_acc_len") for domain in domains]
+    lines.append(f"greedy match {numbers['eval/greedy_match']:.4f}, loss {numbers['eval/avg_loss']:.3f} nats a token")
+    return "\n".join(lines)
+
+
+def _row(label: str, numbers: Mapping[str, Any], draft: str, ngram: str) -> str:
+    return f"{label:<24}" + "".join(f"{numbers[name]:>{width}.3f}" if name in numbers else f"{'-':>{width}}" for name, width in ((draft, 8), (ngram, 9)))

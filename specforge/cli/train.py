@@ -1,0 +1,36 @@
+"""`specforge train CONFIG.yaml [key=value ...]`: train a draft; under torchrun, on all its processes."""
+
+import argparse
+from collections.abc import Sequence
+
+from specforge.config import load_config
+
+
+def run(words: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="specforge train",
+        description="Train a draft model. Start several processes with: torchrun --nproc-per-node=N -m specforge train CONFIG.yaml key=value ...",
+    )
+    parser.add_argument("config", help="YAML file with the settings that differ from the defaults")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that win over the file, for example train.steps=100")
+    parser.add_argument("--plan", action="store_true", help="print steps, tokens, memory and disk, and stop")
+    given = parser.parse_args(words)
+    config = load_config(given.config, given.overrides)
+    if given.plan:
+        from specforge.cli.plan import describe
+
+        print(describe(config))
+        return 0
+
+    from specforge.cli.compose import build_controller, report, set_threads
+    from specforge.distributed import World
+
+    world = World.join()
+    set_threads(world)
+    try:
+        controller = build_controller(config, world)
+        state = controller.fit()
+        report(controller, state)
+    finally:
+        world.leave()
+    return 0

@@ -1,0 +1,54 @@
+"""From defaults, a YAML file and `key=value` words to one frozen RunConfig, and back to YAML."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from specforge.config.methods import registered
+from specforge.config.schema import RunConfig
+from specforge.errors import ConfigError
+
+
+def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> RunConfig:
+    """Merge defaults < file < overrides (`section.key=value`).
+
+    Raises:
+        ConfigError: the file is missing, or a key is unknown, of the wrong type, or left without a value.
+    """
+    for word in overrides:
+        if "=" not in word:
+            raise ConfigError(f"override {word!r}: must have the form section.key=value; for example train.steps=100.")
+    if path is not None and not Path(path).is_file():
+        raise ConfigError(f"configuration file {str(path)!r}: there is no such file; give the path of a YAML file.")
+    try:
+        given = OmegaConf.merge(*([OmegaConf.load(path)] if path is not None else []), OmegaConf.from_dotlist(list(overrides)))
+        name = OmegaConf.select(given, "method.name", default="eagle3")
+        schema = OmegaConf.structured(RunConfig)
+        OmegaConf.set_readonly(schema.method, False)
+        schema.method.options = OmegaConf.structured(registered(str(name)).options)
+        merged = OmegaConf.merge(schema, given)
+        return cast(RunConfig, OmegaConf.to_object(merged))
+    except OmegaConfBaseException as error:
+        key = getattr(error, "full_key", None)
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"configuration key {key or '?'}: {reason} Correct it in the file or on the command line.") from error
+
+
+def to_dict(config: RunConfig) -> dict[str, Any]:
+    """The configuration as plain dictionaries, lists and scalars."""
+    return dataclasses.asdict(config)
+
+
+def dump_config(config: RunConfig) -> str:
+    """The whole configuration as YAML that `load_config` reads back."""
+    return OmegaConf.to_yaml(cast(DictConfig, OmegaConf.create(_lists(to_dict(config)))))
+
+
+def _lists(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _lists(item) for key, item in value.items()}
+    return [_lists(item) for item in value] if isinstance(value, list | tuple) else value

@@ -1,0 +1,71 @@
+"""The one registry of training methods: name -> option class and the place of the implementation.
+
+Options are plain frozen dataclasses, so a configuration is checked without importing torch; the implementation is
+imported when a method is built.
+"""
+
+import difflib
+import importlib
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from specforge.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Eagle3Options:
+    """EAGLE-3 (arXiv 2503.01840); `fc_norm` and `norm_output` together are EAGLE-3.1."""
+
+    draft_tokens: int = 7
+    """T, steps of training-time test: the longest chain that is trained."""
+    step_decay: float = 0.8
+    """gamma: step j weighs gamma**j in the loss."""
+    layers: int = 1
+    draft_vocab_size: int = 32000
+    """Target ids that the draft can propose, the most frequent supervised ones; 0: the whole vocabulary."""
+    intermediate_size: int = 0
+    """Width of the draft's feed-forward; 0: the target's."""
+    head: Literal["trained", "frozen"] = "trained"
+    """trained: starts as the target's rows and is learned; frozen: stays the target's rows."""
+    fc_norm: bool = False
+    """Normalise each captured layer by itself before the fusion."""
+    norm_before_fc: bool = False
+    """Normalise the concatenation of the captured layers before the fusion."""
+    norm_output: bool = False
+    """Hand the normed instead of the plain hidden state to the next step."""
+    loss_chunk_rows: int = 512
+    """Target positions whose vocabulary-wide numbers exist at one time."""
+
+    def __post_init__(self) -> None:
+        for key in ("draft_tokens", "layers", "loss_chunk_rows"):
+            if getattr(self, key) < 1:
+                raise ConfigError(f"method.options.{key}={getattr(self, key)}: must be at least 1; give a larger number.")
+        if not 0 < self.step_decay <= 1:
+            raise ConfigError(f"method.options.step_decay={self.step_decay}: must lie in (0, 1]; the paper uses 0.8.")
+        if self.fc_norm and self.norm_before_fc:
+            raise ConfigError("method.options.fc_norm=true and norm_before_fc=true exclude each other; keep one of them.")
+
+
+@dataclass(frozen=True)
+class Registered:
+    options: type[Any]
+    implementation: str
+    """`module:class`, imported when a method of this name is built."""
+
+    def load(self) -> Any:
+        module, name = self.implementation.split(":")
+        return getattr(importlib.import_module(module), name)
+
+
+METHODS: dict[str, Registered] = {
+    "eagle3": Registered(Eagle3Options, "specforge.methods.eagle3:Eagle3"),
+}
+
+
+def registered(name: str) -> Registered:
+    """The entry of a method, or a ConfigError that names the closest known one."""
+    if name not in METHODS:
+        close = difflib.get_close_matches(name, METHODS, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"known methods: {', '.join(sorted(METHODS))}."
+        raise ConfigError(f"method.name={name!r}: no such method; {hint}")
+    return METHODS[name]

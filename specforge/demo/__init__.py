@@ -1,0 +1,1 @@
+"""The embedded target: corpus, conversations, recipe and weights of the quickstart."""

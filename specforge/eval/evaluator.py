@@ -1,0 +1,131 @@
+"""Evaluator: one pass over the evaluation features, counts first, ratios last.
+
+Each sample is read by exactly one rank. Sums stay on the device until the loop is over; then they are added over the
+ranks in one reduction. Nothing random happens, so an evaluation neither disturbs nor depends on training.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+from specforge.data.packing import pack
+from specforge.decode.ngram import proposals as ngram_proposals
+from specforge.distributed import World
+from specforge.eval.acceptance import GREEDY_MATCH_MINIMUM, Columns, acceptance, count_sample, walk
+from specforge.eval.bootstrap import interval, poisson_weights
+from specforge.features.batch import DraftBatch
+from specforge.features.store import LocalFeatureStore
+from specforge.methods.base import Method, StepOutput
+
+
+class Evaluator:
+    """Measures drafts on one feature store; the n-gram drafter is measured once, as the baseline to beat.
+
+    Args:
+        store: evaluation features; every sample counts exactly once over all ranks.
+        draft_tokens: K, the length of the drafted chain; the first K proposals of a method count.
+        micro_batch_tokens: token budget of one forward; results do not depend on it.
+    """
+
+    def __init__(
+        self,
+        store: LocalFeatureStore,
+        world: World,
+        *,
+        draft_tokens: int,
+        micro_batch_tokens: int,
+        max_samples: int = 0,
+        bootstrap: int = 1000,
+        seed: int = 0,
+    ) -> None:
+        self._store = store
+        self._world = world
+        self._columns = Columns(draft_tokens)
+        self._draft_tokens = draft_tokens
+        self._replicates = bootstrap
+        self._seed = seed
+        self._samples = min(max_samples or len(store), len(store))
+        self._domains = sorted({store.domains[index] for index in range(self._samples)} - {""})
+        self._mine = list(range(world.rank, self._samples, world.size))
+        lengths = [int(store.lengths[index]) for index in self._mine]
+        budget = max([micro_batch_tokens, *lengths])
+        self._batches = [[self._mine[place] for place in places] for places in pack(lengths, budget, 1)[0] if places] if lengths else []
+        self._ngram = self._reduced({sample: self._count(sample, None) for sample in self._mine})
+
+    def evaluate(self, method: Method, forward: Callable[..., StepOutput] | None = None) -> dict[str, Any]:
+        """`eval/*` numbers of a draft, equal on all ranks.
+
+        Args:
+            forward: how to call the method (a backend, say); the method itself if None.
+        """
+        forward = forward or method
+        device = self._world.device
+        sums, proposed = torch.zeros(2, dtype=torch.float64, device=device), []
+        for samples in self._batches:
+            batch = DraftBatch.pack(samples, [self._store.read(index) for index in samples])
+            plan = method.plan(batch)
+            output = forward(batch.to(device), plan)
+            sums += torch.stack([output.loss_sum.detach().double().sum(), torch.tensor(plan.weight, dtype=torch.float64, device=device)])
+            proposed.append(output.proposals_TK)
+        samples = [sample for batch_samples in self._batches for sample in batch_samples]
+        lengths = [int(self._store.lengths[sample]) for sample in samples]
+        per_sample = torch.cat(proposed).cpu().numpy() if proposed else np.empty((0, self._draft_tokens))
+        table = {
+            sample: self._count(sample, proposals_SK)
+            for sample, proposals_SK in zip(samples, np.split(per_sample, np.cumsum(lengths)[:-1]), strict=False)
+        }
+        loss_sum, weight = self._world.sum_(sums).tolist()
+        return self._numbers(self._reduced(table), loss_sum / max(weight, 1e-9))
+
+    def _count(self, sample: int, proposals_SK: np.ndarray | None) -> np.ndarray:
+        """The counts of a sample; of the n-gram drafter where no proposals are given."""
+        ids_S, mask_S, argmax_S = (labels.numpy() for labels in self._store.labels(sample))
+        if proposals_SK is None:
+            starts = np.flatnonzero(mask_S)
+            proposals_SK = np.full((len(ids_S), self._draft_tokens), -1, dtype=np.int64)
+            proposals_SK[starts] = ngram_proposals(ids_S, starts, self._draft_tokens)
+        return count_sample(ids_S, mask_S, argmax_S, proposals_SK[:, : self._draft_tokens])
+
+    def _reduced(self, table: dict[int, np.ndarray]) -> np.ndarray:
+        """Sums over all samples: row 0 of everything, then one row a domain, then one row a bootstrap replicate."""
+        rows = np.zeros((1 + len(self._domains) + self._replicates, self._columns.width))
+        for sample, counts in table.items():
+            rows[0] += counts
+            domain = self._store.domains[sample]
+            if domain:
+                rows[1 + self._domains.index(domain)] += counts
+            if self._replicates:
+                rows[1 + len(self._domains) :] += poisson_weights(self._seed, self._store.ids[sample], self._replicates)[:, None] * counts
+        return self._world.sum_(torch.from_numpy(rows).to(self._world.device)).cpu().numpy()
+
+    def _numbers(self, rows: np.ndarray, avg_loss: float) -> dict[str, Any]:
+        domains, replicates = slice(1, 1 + len(self._domains)), slice(1 + len(self._domains), None)
+        numbers: dict[str, Any] = {"eval/avg_loss": avg_loss, "eval/draft_tokens": self._draft_tokens, "eval/samples": self._samples}
+        numbers |= {f"eval/{key}": value for key, value in acceptance(rows[0], self._columns).items()}
+        baseline = acceptance(self._ngram[0], self._columns)
+        numbers["eval/ngram_acc_len"] = baseline["acc_len"]
+        if "walk_acc_len" in baseline:
+            numbers["eval/ngram_walk_acc_len"] = baseline["walk_acc_len"]
+            for name, counts in (("walk_acc_len", rows), ("ngram_walk_acc_len", self._ngram)):
+                if self._replicates:
+                    low, high = interval(walk(counts[replicates], self._columns))
+                    numbers |= {f"eval/{name}_low": low, f"eval/{name}_high": high}
+        for name, counts, ngram in zip(self._domains, rows[domains], self._ngram[domains], strict=True):
+            for key, value in acceptance(counts, self._columns).items():
+                if isinstance(value, float):
+                    numbers[f"eval/{name}/{key}"] = value
+            if "walk_acc_len" in (of_domain := acceptance(ngram, self._columns)):
+                numbers[f"eval/{name}/ngram_walk_acc_len"] = of_domain["walk_acc_len"]
+        return numbers
+
+
+def why_no_walk(numbers: dict[str, Any]) -> str | None:
+    """The sentence that explains a missing `eval/walk_acc_len`; None where it is there."""
+    if "eval/walk_acc_len" in numbers:
+        return None
+    return (
+        f"walk_acc_len is left out: eval/greedy_match={numbers['eval/greedy_match']:.3f} is below {GREEDY_MATCH_MINIMUM}, so the answers "
+        "are not the target's own greedy output; regenerate them with `specforge prepare --regenerate`."
+    )

@@ -1,0 +1,55 @@
+"""What a method is given: the features of some samples, packed end to end."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from specforge.features.store import SampleFeatures
+from specforge.layers.documents import Documents
+
+
+@dataclass(frozen=True)
+class DraftBatch:
+    """T packed tokens of one or more samples; documents never see each other.
+
+    Shapes: input_ids [T] int32, loss_mask [T] bool, aux [T, A*H], last [T, H] (after the target's final norm),
+    argmax [T] int32 and logsumexp [T] float32 of the target's logits at each token.
+    """
+
+    samples: tuple[int, ...]
+    """Numbers of the samples in their store, in the order of the documents."""
+    documents: Documents
+    input_ids: torch.Tensor
+    loss_mask: torch.Tensor
+    aux: torch.Tensor
+    last: torch.Tensor
+    argmax: torch.Tensor
+    logsumexp: torch.Tensor
+
+    @classmethod
+    def pack(cls, samples: Sequence[int], features: Sequence[SampleFeatures]) -> "DraftBatch":
+        def joined(name: str) -> torch.Tensor:
+            return torch.cat([getattr(sample, name) for sample in features])
+
+        documents = Documents(tuple(len(sample.input_ids) for sample in features))
+        return cls(
+            tuple(samples), documents, joined("input_ids"), joined("loss_mask").bool(),
+            joined("aux"), joined("last"), joined("argmax"), joined("logsumexp"),
+        )  # fmt: skip
+
+    @classmethod
+    def empty_like(cls, sample: SampleFeatures) -> "DraftBatch":
+        """A batch that weighs nothing: three tokens, none supervised. It keeps a rank without samples in step."""
+
+        def zeros(tensor: torch.Tensor) -> torch.Tensor:
+            return torch.zeros((3, *tensor.shape[1:]), dtype=tensor.dtype)
+
+        return cls(
+            (), Documents((3,)), zeros(sample.input_ids), zeros(sample.loss_mask).bool(),
+            zeros(sample.aux), zeros(sample.last), zeros(sample.argmax), zeros(sample.logsumexp),
+        )  # fmt: skip
+
+    def to(self, device: torch.device) -> "DraftBatch":
+        tensors = ("input_ids", "loss_mask", "aux", "last", "argmax", "logsumexp")
+        return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in tensors})

@@ -1,0 +1,268 @@
+"""Feature stores: safetensors shards, one index, one manifest of checksums.
+
+Shapes: S tokens of one sample, N tokens of a shard, A captured layers, H hidden size, V vocabulary of the target. The
+samples of a shard lie end to end, so reading one of them is reading a range of rows.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol, Self
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from specforge import files
+from specforge.errors import FeatureError
+
+INDEX = "index.json"
+STORE_FORMAT = 1
+
+
+class Sample(Protocol):
+    """Tokens to capture features for: input_ids [S] int32 and loss_mask [S] bool."""
+
+    id: str
+    domain: str
+    input_ids: np.ndarray
+    loss_mask: np.ndarray
+    truncated: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureMeta:
+    """What features are: two stores with equal meta and equal samples hold equal tensors."""
+
+    target_path: str
+    target_fingerprint: str
+    """Hash of the target folder's content (`files.Fingerprints`); decides, where the path may change."""
+    target_revision: str = ""
+    tokenizer_path: str = ""
+    template_digest: str = ""
+    aux_layer_ids: tuple[int, ...]
+    """Indices into `hidden_states` (0 = embeddings), low to high."""
+    dtype: str
+    hidden_size: int
+    vocab_size: int
+    max_length: int = 0
+    mask_options: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def bytes_per_token(self) -> int:
+        width = (len(self.aux_layer_ids) + 1) * self.hidden_size
+        return width * getattr(torch, self.dtype).itemsize + 4 + 1 + 4 + 4
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        mask_options = tuple((name, value) for name, value in values["mask_options"])
+        return cls(**{**values, "aux_layer_ids": tuple(values["aux_layer_ids"]), "mask_options": mask_options})
+
+
+@dataclass(frozen=True)
+class SampleFeatures:
+    """One sample: input_ids [S] int32, loss_mask [S] bool, aux [S, A*H] (low to high, un-normed) and last [S, H] (after
+    the final norm) in the store's dtype, argmax [S] int32 and logsumexp [S] float32 of the target's logits."""
+
+    input_ids: torch.Tensor
+    loss_mask: torch.Tensor
+    aux: torch.Tensor
+    last: torch.Tensor
+    argmax: torch.Tensor
+    logsumexp: torch.Tensor
+
+    def is_finite(self) -> bool:
+        """Whether no feature is NaN or infinite. A sum passes either on, and costs one read; only then every number is asked."""
+        features = (self.aux, self.last, self.logsumexp)
+        return all(bool(x.sum(dtype=torch.float32).isfinite()) or bool(x.isfinite().all()) for x in features)
+
+
+TENSORS = tuple(field.name for field in dataclasses.fields(SampleFeatures))
+
+
+@dataclass(frozen=True)
+class ShardRecord:
+    """What the index needs to know of one finished shard."""
+
+    name: str
+    size_bytes: int
+    sha256: str
+
+
+def shard_name(number: int) -> str:
+    return f"features-{number:05d}.safetensors"
+
+
+def write_shard(path: Path, features: Sequence[SampleFeatures]) -> ShardRecord:
+    """Write the samples end to end; the file is complete or absent."""
+    data = save({name: torch.cat([getattr(sample, name) for sample in features]).cpu() for name in TENSORS})
+    files.write_bytes(path, data)
+    return ShardRecord(path.name, len(data), hashlib.sha256(data).hexdigest())
+
+
+def write_index(folder: Path, meta: FeatureMeta, samples: Sequence[Sample], shard_samples: Sequence[int]) -> None:
+    """Write `index.json` of a store whose shard k holds the next `shard_samples[k]` of `samples`."""
+    shard, offset = [], []
+    following = iter(samples)
+    for number, count in enumerate(shard_samples):
+        row = 0
+        for sample in itertools.islice(following, count):
+            shard.append(number)
+            offset.append(row)
+            row += len(sample.input_ids)
+    supervised = [int(sample.loss_mask.sum()) for sample in samples]
+    index = {
+        "format": STORE_FORMAT,
+        "meta": dataclasses.asdict(meta),
+        "shards": len(shard_samples),
+        "truncated": sum(bool(sample.truncated) for sample in samples),
+        "unsupervised": supervised.count(0),
+        "ids": [sample.id for sample in samples],
+        "domains": [sample.domain for sample in samples],
+        "lengths": [len(sample.input_ids) for sample in samples],
+        "supervised": supervised,
+        "shard": shard,
+        "offset": offset,
+    }
+    files.write_json(folder / INDEX, index)
+
+
+class FeatureWriter:
+    """Writes a store sample by sample; `folder` appears when the `with` block ends well."""
+
+    def __init__(self, folder: Path, meta: FeatureMeta, shard_bytes: int) -> None:
+        self.folder = folder
+        self.meta = meta
+        self.shard_bytes = shard_bytes
+        self._waiting: list[SampleFeatures] = []
+        self._samples: list[Sample] = []
+        self._shard_samples: list[int] = []
+
+    def add(self, sample: Sample, features: SampleFeatures) -> None:
+        check_finite(sample.id, features)
+        waiting_tokens = sum(len(one.input_ids) for one in self._waiting) + len(features.input_ids)
+        if self._waiting and waiting_tokens * self.meta.bytes_per_token > self.shard_bytes:
+            self._flush()
+        self._waiting.append(features)
+        self._samples.append(sample)
+
+    def _flush(self) -> None:
+        write_shard(self._staging / shard_name(len(self._shard_samples)), self._waiting)
+        self._shard_samples.append(len(self._waiting))
+        self._waiting = []
+
+    def __enter__(self) -> Self:
+        self._stack = contextlib.ExitStack()
+        self._staging = self._stack.enter_context(files.staging(self.folder))
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        if kind is not None:
+            self._stack.__exit__(kind, value, trace)
+            return
+        with self._stack:
+            if self._waiting:
+                self._flush()
+            write_index(self._staging, self.meta, self._samples, self._shard_samples)
+
+
+def check_finite(sample_id: str, features: SampleFeatures) -> None:
+    if not features.is_finite():
+        raise FeatureError(
+            f"sample {sample_id!r}: the target's features hold NaN or infinite numbers, so they teach nothing; "
+            f"check model.dtype (float16 overflows in many targets) or leave the sample out by data.exclude_ids."
+        )
+
+
+class LocalFeatureStore:
+    """A store read by sample number; shards are memory-mapped and opened when first needed.
+
+    ids, domains: per sample. lengths, supervised: int64 [samples], known without reading features.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        if not self.folder.is_dir():
+            raise FeatureError(f"features.path={str(folder)!r}: there is no such folder; capture the features first (specforge prepare).")
+        files.verify(self.folder, FeatureError, sizes_only=True)
+        index = files.read_json(self.folder / INDEX, FeatureError)
+        if index["format"] != STORE_FORMAT:
+            raise FeatureError(f"{self.folder}: store format {index['format']} is not {STORE_FORMAT}; capture the features again.")
+        self.meta = FeatureMeta.from_dict(index["meta"])
+        self.ids: list[str] = index["ids"]
+        self.domains: list[str] = index["domains"]
+        self.lengths = np.array(index["lengths"], dtype=np.int64)
+        self.supervised = np.array(index["supervised"], dtype=np.int64)
+        self.truncated: int = index["truncated"]
+        self.unsupervised: int = index["unsupervised"]
+        self._shard: list[int] = index["shard"]
+        self._offset: list[int] = index["offset"]
+        self._open: dict[int, safe_open] = {}
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def aux_layer_ids(self) -> tuple[int, ...]:
+        return self.meta.aux_layer_ids
+
+    def read(self, number: int) -> SampleFeatures:
+        return SampleFeatures(**{name: self._rows(number, name) for name in TENSORS})
+
+    def tokens(self, number: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """input_ids [S] int32 and loss_mask [S] bool, without touching the features."""
+        return self._rows(number, "input_ids"), self._rows(number, "loss_mask")
+
+    def labels(self, number: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """input_ids [S], loss_mask [S] and argmax [S]: what drafts are compared with."""
+        return (*self.tokens(number), self._rows(number, "argmax"))
+
+    def supervised_counts(self, vocab_size: int) -> np.ndarray:
+        """How often each token id is supervised, int64 [vocab_size]."""
+        counts = np.zeros(vocab_size, dtype=np.int64)
+        for shard in sorted(set(self._shard)):
+            handle = self._handle(shard)
+            supervised = handle.get_tensor("input_ids")[handle.get_tensor("loss_mask")]
+            counts += np.bincount(supervised.numpy(), minlength=vocab_size)
+        return counts
+
+    def verify(self) -> None:
+        """Read every file and compare it with its checksum.
+
+        Raises:
+            FeatureError: naming the file that is missing, truncated or altered.
+        """
+        files.verify(self.folder, FeatureError)
+
+    def expect(self, **wanted: Any) -> None:
+        """Refuse features of another kind, with the difference: `expect(target_fingerprint=..., aux_layer_ids=...)`.
+
+        The names are fields of `FeatureMeta`.
+        """
+        stored = {name: getattr(self.meta, name) for name in wanted}
+        differing = [
+            f"{name}: the store has {stored[name]!r}, wanted is {value!r}" for name, value in wanted.items() if stored[name] != value
+        ]
+        if differing:
+            raise FeatureError(
+                f"features in {self.folder} are not those asked for ({'; '.join(differing)}); capture them again or change the settings."
+            )
+
+    def _rows(self, number: int, name: str) -> torch.Tensor:
+        offset = self._offset[number]
+        return self._handle(self._shard[number]).get_slice(name)[offset : offset + int(self.lengths[number])]
+
+    def _handle(self, shard: int) -> safe_open:
+        if shard not in self._open:
+            path = self.folder / shard_name(shard)
+            try:
+                self._open[shard] = safe_open(path, framework="pt")
+            except SafetensorError as cause:
+                raise FeatureError(f"{path}: is not a readable shard ({cause}); capture the features in {self.folder} again.") from cause
+        return self._open[shard]

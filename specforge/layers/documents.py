@@ -1,0 +1,56 @@
+"""Where the documents of a packed batch begin and end, known on the host so that nothing reads it back from a device."""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Documents:
+    """Documents laid end to end: T tokens in all."""
+
+    lengths: tuple[int, ...]
+
+    @cached_property
+    def starts(self) -> np.ndarray:
+        """First token of each document, and T at the end: int64 [documents + 1]."""
+        return np.concatenate([[0], np.cumsum(self.lengths, dtype=np.int64)]).astype(np.int64)
+
+    @cached_property
+    def index_T(self) -> np.ndarray:
+        """Document of each token: int64 [T]."""
+        return np.repeat(np.arange(len(self.lengths)), self.lengths)
+
+    @cached_property
+    def position_T(self) -> np.ndarray:
+        """Position of each token within its document: int64 [T]."""
+        return np.arange(self.num_tokens) - self.starts[self.index_T]
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.starts[-1])
+
+
+@dataclass(frozen=True)
+class QueryBlock:
+    """Rows `row_start:row_end` of a step look at keys `key_start:key_end` of the packed step-0 keys, causally."""
+
+    row_start: int
+    row_end: int
+    key_start: int
+    key_end: int
+
+
+def query_blocks(documents: Documents, rows: np.ndarray, block_rows: int = 512) -> list[QueryBlock]:
+    """Cut the rows (ascending packed token indices) at document borders and into blocks.
+
+    A block's keys end at its last row, so that the part above the diagonal is mostly never computed.
+    """
+    blocks = []
+    borders = np.searchsorted(rows, documents.starts)
+    for document, (first, last) in enumerate(zip(borders[:-1], borders[1:], strict=True)):
+        for start in range(first, last, block_rows):
+            end = min(start + block_rows, last)
+            blocks.append(QueryBlock(int(start), int(end), int(documents.starts[document]), int(rows[end - 1]) + 1))
+    return blocks

@@ -1,0 +1,57 @@
+"""What the trainer and the evaluator ask of every method."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, Self
+
+import torch
+
+from specforge.features.batch import DraftBatch
+from specforge.features.store import LocalFeatureStore
+from specforge.features.tables import TargetTables
+
+
+class StepOutput(NamedTuple):
+    """Sums and counts of one batch; ratios are formed once, after they were added over micro-batches and ranks.
+
+    A NamedTuple, since FSDP looks for the tensors that need a gradient in the structure that `forward` returns.
+    """
+
+    loss_sum: torch.Tensor
+    """Scalar, in nats, with gradient."""
+    tally: dict[str, torch.Tensor]
+    """Additive numbers by name, each a vector of fixed length; `correct` and `count` [K] are always there."""
+    proposals_TK: torch.Tensor
+    """The id proposed for token s+k when drafting starts at token s, in column k-1 of row s; -1: none. int32."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is known of a batch before its forward, worked out on the host."""
+
+    weight: float
+    """The batch's share of the global loss weight."""
+
+
+class Method(Protocol):
+    """A trainable module. `build` starts a draft, `read` takes one from a checkpoint's folder."""
+
+    draft_tokens: int
+    """K: how many tokens the method drafts from one start."""
+
+    @classmethod
+    def build(cls, options: Any, tables: TargetTables, store: LocalFeatureStore, seed: int) -> Self: ...
+
+    @classmethod
+    def read(cls, options: Any, tables: TargetTables, folder: Path) -> Self: ...
+
+    @classmethod
+    def count_parameters(cls, options: Any, tables: TargetTables, aux_layer_ids: tuple[int, ...]) -> int: ...
+
+    def plan(self, batch: DraftBatch) -> Plan: ...
+
+    def __call__(self, batch: DraftBatch, plan: Any) -> StepOutput: ...
+
+    def config_dict(self) -> dict[str, Any]:
+        """The draft's own configuration, stored as `config.json` beside its weights."""
+        ...

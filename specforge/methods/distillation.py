@@ -1,0 +1,97 @@
+"""Cross-entropy against the target's distribution, vocabulary-wide numbers in chunks only.
+
+The gradient is formed together with the loss, so no logits outlive their chunk: neither the draft's nor the
+target's. A target position taught to several steps has its product with the target's head computed once.
+
+Shapes: N rows (one per step and token), U target positions, H hidden, D draft vocabulary.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch.autograd.function import FunctionCtx
+
+
+def chunk_borders(teacher_N: np.ndarray, chunk_rows: int) -> list[tuple[int, int]]:
+    """Cut N rows, sorted by target position, into chunks of about `chunk_rows` that split no target position."""
+    borders, start = [], 0
+    while start < len(teacher_N):
+        end = min(start + chunk_rows, len(teacher_N))
+        if end < len(teacher_N):
+            whole = int(np.searchsorted(teacher_N, teacher_N[end]))
+            end = whole if whole > start else int(np.searchsorted(teacher_N, teacher_N[end], side="right"))
+        borders.append((start, end))
+        start = end
+    return borders
+
+
+def soft_cross_entropy(
+    hidden_NH: torch.Tensor,
+    head_DH: torch.Tensor,
+    teacher_UH: torch.Tensor,
+    teacher_head_DH: torch.Tensor,
+    teacher_N: torch.Tensor,
+    weight_N: torch.Tensor,
+    chunks: list[tuple[int, int, int, int]],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sum over rows of weight * CE(softmax(teacher logits) || softmax(draft logits)), both on the draft vocabulary.
+
+    Args:
+        hidden_NH: draft states after the final norm, sorted by target position.
+        teacher_UH: the target's last hidden states (after its final norm) at the positions that teach.
+        teacher_head_DH: the rows of the target's head that the draft vocabulary keeps.
+        teacher_N: index into U of each row, ascending, int64.
+        weight_N: float32.
+        chunks: (row_start, row_end, teacher_start, teacher_end), known on the host.
+
+    Returns:
+        the loss in nats (float32 scalar) and the draft-vocabulary id each row proposes (int64 [N]).
+    """
+    return _SoftCrossEntropy.apply(hidden_NH, head_DH, teacher_UH, teacher_head_DH, teacher_N, weight_N, chunks)
+
+
+class _SoftCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_NH: torch.Tensor,
+        head_DH: torch.Tensor,
+        teacher_UH: torch.Tensor,
+        teacher_head_DH: torch.Tensor,
+        teacher_N: torch.Tensor,
+        weight_N: torch.Tensor,
+        chunks: list[tuple[int, int, int, int]],
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        loss = torch.zeros((), device=hidden_NH.device)
+        proposals_N = torch.empty(len(hidden_NH), dtype=torch.int64, device=hidden_NH.device)
+        grad_hidden = torch.empty_like(hidden_NH) if ctx.needs_input_grad[0] else None
+        grad_head = torch.zeros_like(head_DH, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        for row_start, row_end, teacher_start, teacher_end in chunks:
+            rows = slice(row_start, row_end)
+            target_UD = (teacher_UH[teacher_start:teacher_end].to(teacher_head_DH.dtype) @ teacher_head_DH.T).float().softmax(-1)
+            target_ND = target_UD[teacher_N[rows] - teacher_start]
+            logits_ND = (hidden_NH[rows] @ head_DH.T).float()
+            proposals_N[rows] = logits_ND.argmax(-1)
+            log_normaliser_N = logits_ND.logsumexp(-1)
+            loss += weight_N[rows] @ (log_normaliser_N - torch.linalg.vecdot(target_ND, logits_ND))
+            if grad_hidden is None and grad_head is None:
+                continue
+            grad_ND = logits_ND.sub_(log_normaliser_N[:, None]).exp_().sub_(target_ND).mul_(weight_N[rows, None]).to(head_DH.dtype)
+            if grad_hidden is not None:
+                grad_hidden[rows] = grad_ND @ head_DH
+            if grad_head is not None:
+                grad_head += grad_ND.T @ hidden_NH[rows]
+        ctx.save_for_backward(grad_hidden, None if grad_head is None else grad_head.to(head_DH.dtype))
+        ctx.mark_non_differentiable(proposals_N)
+        return loss, proposals_N
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        grad_hidden, grad_head = ctx.saved_tensors  # type: ignore[attr-defined]
+        scale = grads[0]
+        return (
+            None if grad_hidden is None else grad_hidden * scale.to(grad_hidden.dtype),
+            None if grad_head is None else grad_head * scale.to(grad_head.dtype),
+            None, None, None, None, None,
+        )  # fmt: skip

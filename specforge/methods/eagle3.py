@@ -1,0 +1,231 @@
+"""EAGLE-3 training-time test: T steps on true tokens, soft cross-entropy on the draft vocabulary.
+
+Row t of a document holds the feature of token t and the embedding of token t+1. At step j it is fed token t+1+j and
+taught the target's distribution at token t+1+j, which is about token t+2+j. With w_tj = 1 iff token t+2+j is
+supervised and in the same document and the target's arg-max for it is in the draft vocabulary:
+
+    loss_sum = sum_j gamma^j sum_t w_tj CE_tj        weight = sum_j gamma^j sum_t w_tj
+
+(arXiv 2503.01840, section 3.2; the normalisation is ours). A row is computed at step j only while it still has a
+supervised target at step j or later: no other row ever sees it, so leaving it out is exact.
+"""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from specforge.config.methods import Eagle3Options
+from specforge.data.vocabulary import DraftVocabulary
+from specforge.errors import CheckpointError
+from specforge.features.batch import DraftBatch
+from specforge.features.store import LocalFeatureStore
+from specforge.features.tables import TargetTables
+from specforge.layers.documents import query_blocks
+from specforge.methods.base import Plan, StepOutput
+from specforge.methods.distillation import chunk_borders, soft_cross_entropy
+from specforge.models.draft_folder import read_draft_config, read_draft_tensors
+from specforge.models.eagle3 import Eagle3Config, Eagle3Draft, StepRows
+
+
+@dataclass(frozen=True)
+class TTTStep:
+    """Host-side indices of one step; all arrays int64."""
+
+    rows_R: np.ndarray
+    """Packed token indices of the computed rows, ascending."""
+    keep_R: np.ndarray
+    """Where these rows stood among the rows of the step before."""
+    supervised_S: np.ndarray
+    """Which of the R rows have a supervised target at this very step."""
+
+
+@dataclass(frozen=True)
+class TTTPlan(Plan):
+    steps: tuple[TTTStep, ...]
+    counted_JT: np.ndarray
+    """w_tj: bool [T steps, tokens]."""
+
+
+def plan_ttt(batch: DraftBatch, in_vocabulary_V: np.ndarray, num_steps: int, decay: float) -> TTTPlan:
+    """Which rows each step computes, which of them are supervised, and the batch's weight."""
+    mask_T, document_T = batch.loss_mask.numpy(), batch.documents.index_T
+    teachable_T = in_vocabulary_V[batch.argmax.numpy()]
+    tokens = len(mask_T)
+    supervised_JT = np.zeros((num_steps, tokens), dtype=bool)
+    counted_JT = np.zeros((num_steps, tokens), dtype=bool)
+    for step in range(min(num_steps, max(tokens - 2, 0))):
+        rows = slice(0, tokens - 2 - step)
+        supervised_JT[step, rows] = mask_T[2 + step :] & (document_T[2 + step :] == document_T[rows])
+        counted_JT[step, rows] = supervised_JT[step, rows] & teachable_T[1 + step : tokens - 1]
+    needed_JT = np.logical_or.accumulate(supervised_JT[::-1], axis=0)[::-1]
+    # Every rank's backward must reach the parameters, or the reduction of the others would wait for it.
+    needed_JT[0, 0] |= not needed_JT[0].any()
+    steps, before = [], np.arange(tokens)
+    for step in range(num_steps):
+        rows = np.flatnonzero(needed_JT[step])
+        steps.append(TTTStep(rows, np.searchsorted(before, rows), np.flatnonzero(supervised_JT[step, rows])))
+        before = rows
+    weight = sum(decay**step * float(counted_JT[step].sum()) for step in range(num_steps))
+    return TTTPlan(weight, tuple(steps), counted_JT)
+
+
+def derive_config(options: Eagle3Options, tables: TargetTables, aux_layer_ids: tuple[int, ...], draft_vocab_size: int) -> Eagle3Config:
+    """The draft's shape from its target's: same width, heads, RoPE and context length."""
+    target = tables.config
+    return Eagle3Config(
+        hidden_size=target.hidden_size,
+        target_hidden_size=target.hidden_size,
+        intermediate_size=options.intermediate_size or target.intermediate_size,
+        num_hidden_layers=options.layers,
+        num_attention_heads=target.num_attention_heads,
+        num_key_value_heads=target.num_key_value_heads,
+        head_dim=target.head_dim,
+        rms_norm_eps=target.rms_norm_eps,
+        vocab_size=target.vocab_size,
+        draft_vocab_size=draft_vocab_size,
+        max_position_embeddings=target.max_position_embeddings,
+        rope_parameters=target.rope_parameters,
+        aux_layer_ids=aux_layer_ids,
+        head_trained=options.head == "trained",
+        fc_norm=options.fc_norm,
+        norm_before_fc=options.norm_before_fc,
+        norm_output=options.norm_output,
+    )
+
+
+class Eagle3(nn.Module):
+    """The draft together with the frozen tables of its target, which no checkpoint stores."""
+
+    embedding_VH: torch.Tensor
+    teacher_head_DH: torch.Tensor
+
+    def __init__(self, options: Eagle3Options, draft: Eagle3Draft, tables: TargetTables) -> None:
+        super().__init__()
+        self.options = options
+        self.draft = draft
+        self.draft_tokens = options.draft_tokens
+        kept = torch.arange(draft.config.draft_vocab_size) + draft.d2t
+        self.register_buffer("embedding_VH", tables.embedding, persistent=False)
+        self.register_buffer("teacher_head_DH", tables.head[kept].contiguous(), persistent=False)
+        self._in_vocabulary_V = draft.t2d.numpy().copy()
+
+    @classmethod
+    def build(cls, options: Eagle3Options, tables: TargetTables, store: LocalFeatureStore, seed: int) -> Self:
+        """A new draft: vocabulary from the supervised tokens of `store`, head from the target's rows, the rest random."""
+        vocabulary = DraftVocabulary.from_counts(
+            store.supervised_counts(tables.config.vocab_size), options.draft_vocab_size, always=tables.config.eos_token_ids
+        )
+        config = derive_config(options, tables, store.aux_layer_ids, len(vocabulary.kept))
+        draft = Eagle3Draft(config, vocabulary)
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for name, parameter in draft.named_parameters():
+                if parameter.dim() == 2:
+                    std = 1 / math.sqrt(parameter.shape[1])
+                    parameter.normal_(0.0, std / math.sqrt(2) if name.endswith(("o_proj.weight", "down_proj.weight")) else std, generator=generator)
+            if draft.lm_head is not None:
+                draft.lm_head.weight.copy_(tables.head[torch.from_numpy(vocabulary.kept)])
+        return cls(options, draft, tables)
+
+    @classmethod
+    def read(cls, options: Eagle3Options, tables: TargetTables, folder: Path) -> Self:
+        """The shape and vocabulary of a checkpointed draft; its weights are loaded by the caller, sharded or whole."""
+        stored = read_draft_config(folder)
+        tensors = read_draft_tensors(folder, ("d2t", "t2d"))
+        vocabulary = DraftVocabulary.from_tables(tensors["d2t"].numpy(), tensors["t2d"].numpy())
+        config = Eagle3Config(**{**stored, "aux_layer_ids": tuple(stored["aux_layer_ids"])})
+        expected = derive_config(options, tables, config.aux_layer_ids, config.draft_vocab_size)
+        differing = [
+            f"{key} is {getattr(config, key)!r}, this run wants {getattr(expected, key)!r}"
+            for key in stored
+            if getattr(config, key) != getattr(expected, key)
+        ]
+        if differing:
+            raise CheckpointError(f"draft in {folder}: {'; '.join(differing)}. Set method.options to the draft's values or train a new draft.")
+        return cls(options, Eagle3Draft(config, vocabulary), tables)
+
+    @classmethod
+    def count_parameters(cls, options: Eagle3Options, tables: TargetTables, aux_layer_ids: tuple[int, ...]) -> int:
+        """Trained parameters of the draft that `build` would make; nothing is allocated."""
+        size = min(options.draft_vocab_size or tables.config.vocab_size, tables.config.vocab_size)
+        vocabulary = DraftVocabulary(np.arange(size), tables.config.vocab_size)
+        with torch.device("meta"):
+            draft = Eagle3Draft(derive_config(options, tables, aux_layer_ids, size), vocabulary)
+        return sum(parameter.numel() for parameter in draft.parameters())
+
+    def config_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self.draft.config)
+
+    def plan(self, batch: DraftBatch) -> TTTPlan:
+        return plan_ttt(batch, self._in_vocabulary_V, self.draft_tokens, self.options.step_decay)
+
+    def forward(self, batch: DraftBatch, plan: TTTPlan) -> StepOutput:
+        outputs = self._hidden_states(batch, plan)
+        return self._loss(batch, plan, outputs)
+
+    def _embed(self, ids: torch.Tensor) -> torch.Tensor:
+        return F.embedding(ids, self.embedding_VH).to(self.draft.fc.weight.dtype)
+
+    def _hidden_states(self, batch: DraftBatch, plan: TTTPlan) -> list[torch.Tensor]:
+        """The draft's output [R, H] of every step, before the final norm."""
+        device, documents = batch.input_ids.device, batch.documents
+        ids_T, position_T = batch.input_ids.long(), torch.from_numpy(documents.position_T)
+        fused_TH = self.draft.fuse(batch.aux)
+        everywhere = StepRows(
+            torch.arange(documents.num_tokens, device=device), position_T.to(device),
+            query_blocks(documents, np.arange(documents.num_tokens)) if self.options.layers > 1 else [], None,
+        )  # fmt: skip
+        hidden, caches, outputs = fused_TH, [], []
+        for index, step in enumerate(plan.steps):
+            if not len(step.rows_R):
+                break
+            whole = index > 0 and len(step.keep_R) == len(hidden)
+            rows = StepRows(
+                torch.from_numpy(step.rows_R).to(device),
+                (position_T[step.rows_R] + index).to(device),
+                query_blocks(documents, step.rows_R),
+                None if whole else torch.from_numpy(step.keep_R).to(device),
+            )
+            if index == 0:
+                hidden, caches = self.draft.first_step(fused_TH, self._embed(ids_T.roll(-1)), everywhere, rows)
+            else:
+                if rows.keep is not None:
+                    hidden = hidden[rows.keep]
+                hidden = self.draft.next_step(hidden, self._embed(ids_T[rows.token_R + 1 + index]), rows, caches)
+            outputs.append(hidden)
+        return outputs
+
+    def _loss(self, batch: DraftBatch, plan: TTTPlan, outputs: list[torch.Tensor]) -> StepOutput:
+        device, steps = batch.input_ids.device, plan.steps[: len(outputs)]
+        start_N = np.concatenate([step.rows_R[step.supervised_S] for step in steps])
+        step_N = np.repeat(np.arange(len(steps)), [len(step.supervised_S) for step in steps])
+        by_teacher = np.argsort(start_N + 1 + step_N, kind="stable")
+        start_N, step_N = start_N[by_teacher], step_N[by_teacher]
+        teacher_U, teacher_N = np.unique(start_N + 1 + step_N, return_inverse=True)
+        weight_N = self.options.step_decay**step_N * plan.counted_JT[step_N, start_N]
+
+        supervised = [out if len(s.supervised_S) == len(out) else out[torch.from_numpy(s.supervised_S).to(device)] for s, out in zip(steps, outputs, strict=True)]
+        hidden_NH = self.draft.norm(torch.cat(supervised)[torch.from_numpy(by_teacher).to(device)])
+        teacher_UH = batch.last[torch.from_numpy(teacher_U).to(device)]
+        head_DH = self.teacher_head_DH if self.draft.lm_head is None else self.draft.lm_head.weight
+        chunks = [(a, b, int(teacher_N[a]), int(teacher_N[b - 1]) + 1) for a, b in chunk_borders(teacher_N, self.options.loss_chunk_rows)]
+        loss_sum, proposals_N = soft_cross_entropy(
+            hidden_NH, head_DH.to(hidden_NH.dtype), teacher_UH, self.teacher_head_DH,
+            torch.from_numpy(teacher_N).to(device), torch.from_numpy(weight_N.astype(np.float32)).to(device), chunks,
+        )  # fmt: skip
+
+        ids_N = proposals_N + self.draft.d2t[proposals_N]
+        starts, columns = torch.from_numpy(start_N).to(device), torch.from_numpy(step_N).to(device)
+        proposals_TK = torch.full((batch.documents.num_tokens, self.draft_tokens), -1, dtype=torch.int32, device=device)
+        proposals_TK[starts + 1, columns] = ids_N.int()
+        right_N = ids_N == batch.argmax[starts + 1 + columns]
+        zeros = torch.zeros(self.draft_tokens, device=device)
+        tally = {"correct": zeros.index_add(0, columns, right_N.float()), "count": zeros.index_add(0, columns, torch.ones_like(right_N, dtype=torch.float32))}
+        return StepOutput(loss_sum, tally, proposals_TK)

@@ -1,0 +1,1 @@
+"""Draft architectures: networks without a loss."""

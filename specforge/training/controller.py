@@ -1,0 +1,237 @@
+"""TrainerController: when things happen. What a step means is the method's; how it is spread over ranks, the backend's."""
+
+import os
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from specforge import files
+from specforge.config.schema import TrainConfig
+from specforge.distributed import World
+from specforge.errors import ConfigError, NonFiniteError, SpecForgeError
+from specforge.features.loader import FeatureDataLoader, Window
+from specforge.log.progress import progress
+from specforge.log.run_log import RunLog
+from specforge.methods.base import Method
+from specforge.training.backend import FSDPTrainingBackend
+from specforge.training.checkpoint import CheckpointManager
+from specforge.training.schedule import learning_rate
+from specforge.training.state import TrainState
+
+NON_FINITE_MARKER = "non_finite.json"
+
+
+@dataclass
+class Interval:
+    """Sums since the last log line."""
+
+    loss_sum: float = 0.0
+    weight: float = 0.0
+    tokens: float = 0.0
+    correct_K: torch.Tensor | None = None
+    count_K: torch.Tensor | None = None
+    data_wait_s: float = 0.0
+    steps: int = 0
+    started_s: float = 0.0
+
+
+class TrainerController:
+    """Trains `method` on the windows of `data` until they end.
+
+    `evaluate` is any callable that returns `eval/*` numbers; it is called on all ranks inside `backend.whole()`.
+    """
+
+    def __init__(
+        self,
+        *,
+        config: TrainConfig,
+        total_steps: int,
+        method: Method,
+        backend: FSDPTrainingBackend,
+        data: FeatureDataLoader,
+        checkpoints: CheckpointManager,
+        log: RunLog,
+        world: World,
+        state: TrainState,
+        settings: dict[str, Any],
+        evaluate: Callable[[], Mapping[str, Any]] | None = None,
+    ) -> None:
+        self.config = config
+        self.total_steps = total_steps
+        self.method = method
+        self.backend = backend
+        self.data = data
+        self.checkpoints = checkpoints
+        self.log = log
+        self.world = world
+        self.state = state
+        self.evaluate = evaluate
+        self._settings = settings
+        self._saved_step = state.step if state.step else -1
+        self._launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
+        self._interval = Interval()
+
+    def fit(self) -> TrainState:
+        """Run to the last step; returns where the run stands.
+
+        Raises:
+            NonFiniteError: a loss or gradient is not finite; raised on all ranks before any parameter changed.
+            ConfigError: the first evaluation lacks `checkpoint.best_metric`.
+        """
+        if self.state.step == 0:
+            self._evaluate()
+        with progress(self.total_steps, self.state.step, "train", self.world) as bar:
+            self._begin_interval()
+            for window in self._windows():
+                self._interval.data_wait_s += time.perf_counter() - self._asked_s
+                self._step(window)
+                bar.update(1)
+                last = self.state.step == self.total_steps
+                if self._due(self.config.log_every) or last:
+                    bar.set_postfix(self._log())
+                if self._due(self.config.eval_every) or last:
+                    self._evaluate()
+                if self._due(self.config.save_every) or last:
+                    self._save()
+                self._asked_s = time.perf_counter()
+        return self.state
+
+    def _windows(self) -> Iterable[Window]:
+        self.data.seek(self.state.samples_seen)
+        self._asked_s = time.perf_counter()
+        return self.data
+
+    def _due(self, every: int) -> bool:
+        return every > 0 and self.state.step % every == 0
+
+    def _step(self, window: Window) -> None:
+        """One optimiser step: gradient of (global loss sum / global weight), reduced over ranks once."""
+        plans = [self.method.plan(batch) for batch in window.batches]
+        weight = float(self.world.sum_(torch.tensor(sum(plan.weight for plan in plans), dtype=torch.float64)))
+        losses, tallies = [], []
+        for index, (batch, plan) in enumerate(zip(window.batches, plans, strict=True)):
+            output = self.backend(batch.to(self.world.device), plan)
+            self.backend.backward(output.loss_sum, max(weight, 1.0), boundary=index == len(plans) - 1)
+            losses.append(output.loss_sum.detach())
+            tallies.append(output.tally)
+        norm = self.backend.clip()
+        tokens = sum(batch.documents.num_tokens for batch in window.batches if batch.samples)
+        numbers = self._reduce(losses, tallies, norm, tokens)
+        if not numbers.isfinite().all():
+            self._stop_for_non_finite(window, losses)
+        self.backend.step(learning_rate(self.config, self.state.step, self.total_steps))
+        self.state = self.state.advanced(window.samples)
+        self._add(numbers, weight)
+
+    def _reduce(self, losses: list[torch.Tensor], tallies: list[dict[str, torch.Tensor]], norm: torch.Tensor, tokens: int) -> torch.Tensor:
+        """[norm, loss sum, tokens, orphans, correct K, count K] over all ranks: the one read of the step's numbers."""
+        orphaned = float(self._launcher is not None and os.getppid() != self._launcher)
+        local = torch.cat([
+            torch.stack(losses).sum().reshape(1).double(),
+            torch.tensor([tokens, orphaned], dtype=torch.float64).to(norm.device, non_blocking=True),
+            torch.stack([tally["correct"] for tally in tallies]).sum(0).double(),
+            torch.stack([tally["count"] for tally in tallies]).sum(0).double(),
+        ])  # fmt: skip
+        numbers = torch.cat([norm.detach().reshape(1).double(), self.world.sum_(local)]).cpu()
+        if numbers[3] > 0:
+            raise SpecForgeError(f"the launcher of this run is gone; stopped after step {self.state.step}. Resume from the newest checkpoint.")
+        return numbers
+
+    def _stop_for_non_finite(self, window: Window, losses: list[torch.Tensor]) -> None:
+        bad = [batch.samples for batch, loss in zip(window.batches, losses, strict=True) if not loss.isfinite()]
+        mine = self.data.ids([sample for samples in bad for sample in samples])
+        everyone = [sample_id for ids in self.world.gather_objects(mine) for sample_id in ids]
+        if not everyone:
+            here = self.data.ids([sample for batch in window.batches for sample in batch.samples])
+            everyone = [sample_id for ids in self.world.gather_objects(here) for sample_id in ids]
+        step = self.state.step + 1
+        if self.world.is_main:
+            files.write_json(self.log.folder / NON_FINITE_MARKER, {"step": step, "sample_ids": everyone})
+        raise NonFiniteError(
+            f"loss or gradient is not finite at step {step}, in one of the samples {', '.join(everyone)}; no parameter was changed. "
+            "Lower train.learning_rate, or leave the samples out with data.exclude_ids, or set train.allow_non_finite=true and resume."
+        )
+
+    def _begin_interval(self) -> None:
+        self._interval = Interval(started_s=time.perf_counter())
+
+    def _add(self, numbers: torch.Tensor, weight: float) -> None:
+        interval, tally_K = self._interval, numbers[4:].chunk(2)
+        self._norm = float(numbers[0])
+        interval.loss_sum += float(numbers[1])
+        interval.tokens += float(numbers[2])
+        interval.weight += weight
+        interval.steps += 1
+        interval.correct_K = tally_K[0] if interval.correct_K is None else interval.correct_K + tally_K[0]
+        interval.count_K = tally_K[1] if interval.count_K is None else interval.count_K + tally_K[1]
+
+    def _log(self) -> dict[str, str]:
+        interval = self._interval
+        assert interval.correct_K is not None and interval.count_K is not None
+        elapsed_s = time.perf_counter() - interval.started_s
+        accuracy = (interval.correct_K / interval.count_K.clamp(min=1)).tolist()
+        numbers: dict[str, Any] = {
+            "train/loss": interval.loss_sum / max(interval.weight, 1.0),
+            "train/accuracy": accuracy,
+            "train/learning_rate": learning_rate(self.config, self.state.step - 1, self.total_steps),
+            "train/grad_norm": self._norm,
+            "train/samples_seen": self.state.samples_seen,
+            "perf/tokens_per_s": interval.tokens / elapsed_s,
+            "perf/step_time_s": elapsed_s / interval.steps,
+            "perf/data_wait_s": interval.data_wait_s / interval.steps,
+            "perf/peak_memory_mib": peak_memory_mib(self.world.device),
+        }
+        self.log.write(self.state.step, numbers)
+        self._begin_interval()
+        return {"loss": f"{numbers['train/loss']:.3f}", "acc_1": f"{accuracy[0]:.3f}", "tok/s": f"{numbers['perf/tokens_per_s']:.0f}"}
+
+    def _evaluate(self) -> None:
+        """Evaluate, and keep this step's draft if it is the best so far."""
+        if self.evaluate is None:
+            return
+        started_s = time.perf_counter()
+        with self.backend.whole():
+            metrics = self.evaluate()
+        self.checkpoints.metric(metrics)
+        self.log.write(self.state.step, {**metrics, "perf/eval_time_s": time.perf_counter() - started_s})
+        if self.checkpoints.is_best(metrics):
+            self._save()
+            self.checkpoints.mark_best(self.state, metrics)
+        self._interval.started_s += time.perf_counter() - started_s
+
+    def _save(self) -> None:
+        if self._saved_step == self.state.step:
+            return
+        self.checkpoints.save(self.state, self.backend, self.method.config_dict(), self._settings)
+        self._saved_step = self.state.step
+
+
+def refuse_after_non_finite(folder: Path, config: TrainConfig, exclude_ids: tuple[str, ...]) -> None:
+    """A run that stopped for a non-finite value goes on only when told how.
+
+    Raises:
+        ConfigError: the marker is there, its samples are not excluded and `train.allow_non_finite` is not set.
+    """
+    marker = folder / NON_FINITE_MARKER
+    if not marker.is_file() or config.allow_non_finite:
+        return
+    stored = files.read_json(marker, error=ConfigError)
+    if set(stored["sample_ids"]) <= set(exclude_ids):
+        return
+    raise ConfigError(
+        f"{folder}: this run stopped at step {stored['step']} for a non-finite value in {', '.join(stored['sample_ids'])}; "
+        "put them into data.exclude_ids or set train.allow_non_finite=true."
+    )
+
+
+def peak_memory_mib(device: torch.device) -> float:
+    """Peak memory of this process: allocated on the device, or resident on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10

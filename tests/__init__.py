@@ -1,0 +1,1 @@
+"""Tests: plain functions that prove a number or an equality."""

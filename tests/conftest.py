@@ -1,0 +1,21 @@
+"""What every test shares: one thread, and which tests run when."""
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--long", action="store_true", help="run the second tier too, the tests marked `long`")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+    if not config.getoption("--long") and "long" not in config.getoption("-m"):
+        second_tier = [item for item in items if item.get_closest_marker("long")]
+        config.hook.pytest_deselected(items=second_tier)
+        items[:] = [item for item in items if item not in second_tier]

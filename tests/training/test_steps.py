@@ -1,0 +1,139 @@
+"""Step parity: the split over ranks, micro-batches and meshes does not change what is learned; collectives are counted."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.distributed.tensor import DTensor
+
+from specforge.config.schema import TrainConfig
+from specforge.distributed import World
+from specforge.errors import SpecForgeError
+from specforge.features.loader import FeatureDataLoader
+from specforge.features.store import LocalFeatureStore
+from specforge.training.backend import FSDPTrainingBackend
+from tests.ranks import Collectives, run_ranks
+from tests.tiny import make_method, make_samples, make_store, make_target
+
+STEPS = 3
+
+
+@pytest.fixture(scope="module")
+def target_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_target(tmp_path_factory.mktemp("target"))
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory, target_path: Path) -> LocalFeatureStore:
+    """Samples of 5 to 40 tokens with masks of very different weight, so that ranks and micro-batches weigh unequally."""
+    return make_store(tmp_path_factory.mktemp("features") / "store", target_path, make_samples([40, 9, 21, 5, 17, 12, 30, 6, 25, 11]))
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
+
+
+def train(world: World, target_path: Path, folder: Path, settings: dict[str, Any], scale: float = 1.0) -> dict[str, torch.Tensor]:
+    """Parameters after a few clipped steps. `scale` is a mutation: it multiplies each rank's loss."""
+    store = LocalFeatureStore(folder)
+    config = TrainConfig(**{"batch_samples": 4, "learning_rate": 1e-2, "clip_norm": 0.1, "micro_batch_tokens": 64, **settings})
+    method = make_method(target_path, store, layers=2)
+    backend = FSDPTrainingBackend(method, config, world)
+    data = FeatureDataLoader(store, 0, config.batch_samples, config.micro_batch_tokens, STEPS * config.batch_samples, world)
+    for window in data:
+        plans = [method.plan(batch) for batch in window.batches]
+        weight = float(world.sum_(torch.tensor(sum(plan.weight for plan in plans), dtype=torch.float64)))
+        for index, (batch, plan) in enumerate(zip(window.batches, plans, strict=True)):
+            output = backend(batch, plan)
+            factor = plan.weight / weight * world.size if scale != 1.0 else 1.0
+            backend.backward(output.loss_sum / factor if factor else output.loss_sum, weight, boundary=index == len(plans) - 1)
+        backend.clip()
+        backend.step(config.learning_rate)
+    return {name: whole(p) for name, p in method.named_parameters()}
+
+
+def assert_equal(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert got.keys() == expected.keys()
+    for name, value in expected.items():
+        error = (got[name] - value).norm() / value.norm()
+        assert error < 1e-6, f"{name}: relative error {error:.1e}"
+
+
+@pytest.mark.parametrize(
+    ("world", "settings"),
+    [
+        (1, {"micro_batch_tokens": 200}),
+        (2, {}),
+        (2, {"sharding": "replicate"}),
+        (2, {"micro_batch_tokens": 40}),
+        (4, {}),
+        (4, {"sharding": "hybrid"}),
+    ],
+    ids=str,
+)
+def test_every_split_learns_the_same(world: int, settings: dict[str, Any], target_path: Path, store: LocalFeatureStore) -> None:
+    expected = train(World(), target_path, store.folder, {"micro_batch_tokens": 40})
+    for rank_result in run_ranks(train, target_path, store.folder, settings, world=world):
+        assert_equal(rank_result, expected)
+
+
+def test_the_mean_of_rank_means_is_not_the_same(target_path: Path, store: LocalFeatureStore) -> None:
+    """Negative control: normalising each micro-batch by its own weight learns something else."""
+    expected = train(World(), target_path, store.folder, {})
+    mean_of_means = run_ranks(train, target_path, store.folder, {}, 2.0, world=2)[0]
+    with pytest.raises(AssertionError):
+        assert_equal(mean_of_means, expected)
+
+
+def test_repeating_a_world_gives_the_same_bits(target_path: Path, store: LocalFeatureStore) -> None:
+    first, second = (run_ranks(train, target_path, store.folder, {}, world=2)[0] for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def count_collectives(world: World, target_path: Path, folder: Path) -> list[tuple[int, int]]:
+    store = LocalFeatureStore(folder)
+    method = make_method(target_path, store)
+    backend = FSDPTrainingBackend(method, TrainConfig(), world)
+    data = FeatureDataLoader(store, 0, len(store), 48, len(store), world)
+    window = next(iter(data))
+    assert len(window.batches) >= 2
+    counted = []
+    for index, batch in enumerate(window.batches):
+        with Collectives() as seen:
+            output = backend(batch, method.plan(batch))
+            backend.backward(output.loss_sum, 1.0, boundary=index == len(window.batches) - 1)
+        counted.append((seen.all_gathers, seen.reduce_scatters))
+    return counted
+
+
+def test_gradients_are_reduced_once_a_window(target_path: Path, store: LocalFeatureStore) -> None:
+    for counted in run_ranks(count_collectives, target_path, store.folder, world=2):
+        assert [scatters for _, scatters in counted] == [0] * (len(counted) - 1) + [1]
+        assert [gathers for gathers, _ in counted] == [1] + [0] * (len(counted) - 1)
+
+
+def step_unreduced(world: World, target_path: Path, folder: Path) -> str:
+    store = LocalFeatureStore(folder)
+    method = make_method(target_path, store)
+    backend = FSDPTrainingBackend(method, TrainConfig(), world)
+    batch = next(iter(FeatureDataLoader(store, 0, 4, 200, 4, world))).batches[0]
+    backend.backward(backend(batch, method.plan(batch)).loss_sum, 1.0, boundary=False)
+    try:
+        backend.clip()
+    except SpecForgeError as error:
+        return str(error)
+    return "no error"
+
+
+def test_an_unreduced_window_cannot_step(target_path: Path, store: LocalFeatureStore) -> None:
+    assert all("unreduced" in message for message in run_ranks(step_unreduced, target_path, store.folder, world=2))
+
+
+def test_world_one_accumulates_without_reduction(target_path: Path, store: LocalFeatureStore) -> None:
+    """At world size 1 the micro-steps before the boundary count, and a step changes every parameter."""
+    one = train(World(), target_path, store.folder, {"micro_batch_tokens": 40})
+    large = train(World(), target_path, store.folder, {"micro_batch_tokens": 400})
+    assert_equal(one, large)
+    start = dict(make_method(target_path, store, layers=2).named_parameters())
+    assert all(not torch.equal(one[name], start[name]) for name in one)
