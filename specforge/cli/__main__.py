@@ -20,7 +20,12 @@ COMMANDS = {
 
 
 def usage() -> str:
-    lines = [f"specforge {__version__}: train and evaluate draft models for speculative decoding", "", "usage: specforge COMMAND [options]", ""]
+    lines = [
+        f"specforge {__version__}: train and evaluate draft models for speculative decoding",
+        "",
+        "usage: specforge COMMAND [options]",
+        "",
+    ]
     lines += [f"  {name:<10}{text}" for name, text in COMMANDS.items()]
     return "\n".join([*lines, "", "`specforge COMMAND --help` explains one."])
 

@@ -1,6 +1,7 @@
 """What a run will cost, before it starts: steps, tokens, memory and disk."""
 
-from specforge.cli.compose import Paths, encode, horizon, read_tables
+from specforge.cli.compose import horizon
+from specforge.cli.inputs import Paths, encode, read_tables
 from specforge.config import RunConfig
 from specforge.config.methods import registered
 from specforge.features.store import LocalFeatureStore
@@ -23,7 +24,8 @@ def describe(config: RunConfig) -> str:
         f"{'optimiser steps':<26}{steps} of {config.train.batch_samples} samples, about {tokens} tokens in all",
         f"{'captured layers':<26}{', '.join(map(str, layers))} of {target.num_hidden_layers} (index into hidden_states)",
         f"{'draft parameters':<26}{parameters}",
-        f"{'weights, moments, gradients':<26} {parameters * 16 / 2**20:.0f} MiB over all ranks, plus {tables.embedding.nbytes / 2**20:.0f} MiB of the target's tables on each",
+        f"{'weights and optimiser':<26}{parameters * 16 / 2**20:.0f} MiB over all ranks",
+        f"{'tables of the target':<26}{2 * tables.embedding.nbytes / 2**20:.0f} MiB on each rank",
         f"{'features on disk':<26}{feature_bytes / 2**20:.0f} MiB" + (" (there already)" if folder.is_dir() else ""),
         f"{'one checkpoint':<26}{parameters * 12 / 2**20:.0f} MiB",
     ]

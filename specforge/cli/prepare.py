@@ -23,27 +23,28 @@ def run(words: Sequence[str]) -> int:
     given = parser.parse_args(words)
     config = load_config(given.config, given.overrides)
 
-    from specforge.cli import compose
+    from specforge.cli import inputs
+    from specforge.cli.compose import set_threads
     from specforge.data.template import show
     from specforge.distributed import World
 
     if given.show is not None:
-        samples = compose.encode(config, "train").samples
-        print(show(samples, compose.load_tokenizer(config), given.show, colour=sys.stdout.isatty()))
+        samples = inputs.encode(config, "train").samples
+        print(show(samples, inputs.load_tokenizer(config), given.show, colour=sys.stdout.isatty()))
         return 0
     world = World.join()
-    compose.set_threads(world)
+    set_threads(world)
     try:
         if given.regenerate:
-            done = compose.regenerate_answers(
+            done = inputs.regenerate_answers(
                 config, Path(given.regenerate), world,
                 max_new_tokens=given.max_new_tokens, temperature=given.temperature, batch_rows=given.batch,
             )  # fmt: skip
             ended = done.answered - done.unfinished
-            line = f"{done.answered} answers in {given.regenerate}, {ended} ended by themselves, {done.too_long} prompts too long for the target"
+            line = f"{done.answered} answers in {given.regenerate}, {ended} ended by themselves; {done.too_long} prompts were too long"
         else:
-            heldout, train = compose.prepare_features(config, world)
-            line = f"features: {len(train)} training samples in {train.folder}, {len(heldout)} held-out samples in {heldout.folder}"
+            heldout, train = inputs.prepare_features(config, world)
+            line = f"features of {len(train)} training samples in {train.folder}, of {len(heldout)} held-out samples in {heldout.folder}"
         if world.is_main:
             print(line)
     finally:

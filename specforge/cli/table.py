@@ -14,7 +14,9 @@ def acceptance_table(numbers: Mapping[str, Any]) -> str:
     lines += ["", f"{'':<24}{'draft':>8}{'n-gram':>9}"]
     lines.append(_row("walk_acc_len", numbers, "eval/walk_acc_len", "eval/ngram_walk_acc_len"))
     if "eval/walk_acc_len_low" in numbers:
-        draft, ngram = (f"{numbers[f'eval/{name}_low']:.2f}..{numbers[f'eval/{name}_high']:.2f}" for name in ("walk_acc_len", "ngram_walk_acc_len"))
+        draft, ngram = (
+            f"{numbers[f'eval/{name}_low']:.2f}..{numbers[f'eval/{name}_high']:.2f}" for name in ("walk_acc_len", "ngram_walk_acc_len")
+        )
         lines.append(f"  95 % interval: draft {draft}, n-gram {ngram}")
     lines.append(_row("acc_len", numbers, "eval/acc_len", "eval/ngram_acc_len"))
     lines.append(_row("simulated_acc_len", numbers, "eval/simulated_acc_len", ""))
@@ -25,4 +27,6 @@ def acceptance_table(numbers: Mapping[str, Any]) -> str:
 
 
 def _row(label: str, numbers: Mapping[str, Any], draft: str, ngram: str) -> str:
-    return f"{label:<24}" + "".join(f"{numbers[name]:>{width}.3f}" if name in numbers else f"{'-':>{width}}" for name, width in ((draft, 8), (ngram, 9)))
+    return f"{label:<24}" + "".join(
+        f"{numbers[name]:>{width}.3f}" if name in numbers else f"{'-':>{width}}" for name, width in ((draft, 8), (ngram, 9))
+    )

@@ -9,7 +9,7 @@ from specforge.config import load_config
 def run(words: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="specforge train",
-        description="Train a draft model. Start several processes with: torchrun --nproc-per-node=N -m specforge train CONFIG.yaml key=value ...",
+        description="Train a draft model; on several processes: torchrun --nproc-per-node=N -m specforge train CONFIG.yaml key=value ...",
     )
     parser.add_argument("config", help="YAML file with the settings that differ from the defaults")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that win over the file, for example train.steps=100")

@@ -59,7 +59,13 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         _require_at_least("data", 4, max_length=self.max_length)
-        _require(0 < self.eval_fraction < 1, "data.eval_fraction", self.eval_fraction, "must lie between 0 and 1", "0.05 holds out one row in twenty")
+        _require(
+            0 < self.eval_fraction < 1,
+            "data.eval_fraction",
+            self.eval_fraction,
+            "must lie between 0 and 1",
+            "0.05 holds out one row in twenty",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -71,6 +71,8 @@ def parse_row(record: object) -> Row:
         raise DataError(f"a row must be an object with keys, not {type(record).__name__}.")
     record = {key: value for key, value in record.items() if value is not None}
     present = [key for key in _CONTENTS if key in record]
+    if present == ["conversations", "input_ids"]:  # the very tokens that a target answered with, beside what they say
+        present = ["input_ids"]
     if len(present) != 1:
         raise DataError(f"keys {sorted(record)}: a row holds exactly one of {', '.join(_CONTENTS)}; it has {len(present)} of them.")
     row_id, domain = _id_of(record), record.get("domain", "")

@@ -23,7 +23,11 @@ _ANSWER_CHARS = 150
 
 _ASK = {
     "complete": ("Complete this function.", "Write the rest of this function.", "Finish the function:"),
-    "docstring": ("Write a one-line docstring for this function.", "Summarise this function in one sentence.", "What does this function do?"),
+    "docstring": (
+        "Write a one-line docstring for this function.",
+        "Summarise this function in one sentence.",
+        "What does this function do?",
+    ),
     "prose": ("Continue this documentation.", "Complete the paragraph.", "Finish this text:"),
 }
 
@@ -83,7 +87,11 @@ def _prose(document: Document, choice: random.Random) -> Iterator[Exchange]:
         for paragraph in (ast.get_docstring(node) or "").split("\n\n"):
             words = paragraph.split()
             text = " ".join(words)
-            if not 100 <= len(text) <= _PROMPT_CHARS + _ANSWER_CHARS or re.search(r">>>|::|[|=]{3}|:param|\.\. ", text) or not text[0].isupper():
+            if (
+                not 100 <= len(text) <= _PROMPT_CHARS + _ANSWER_CHARS
+                or re.search(r">>>|::|[|=]{3}|:param|\.\. ", text)
+                or not text[0].isupper()
+            ):
                 continue
             ends = [i + 1 for i, word in enumerate(words) if word.endswith((".", "?", "!"))]
             cut = choice.randrange(len(words) // 3, max(2 * len(words) // 3, len(words) // 3 + 1))
@@ -104,7 +112,10 @@ RULES: dict[str, tuple[type, Callable[[Any], str]]] = {
     "Sort this list.": (list, lambda items: repr(sorted(items))),
     "Turn this list into a tuple.": (list, lambda items: repr(tuple(items))),
     "Write this list as JSON.": (list, _quoted),
-    "Write every string of this list in capitals.": (list, lambda items: repr([item.upper() if isinstance(item, str) else item for item in items])),
+    "Write every string of this list in capitals.": (
+        list,
+        lambda items: repr([item.upper() if isinstance(item, str) else item for item in items]),
+    ),
     "Give the first and the last item.": (list, lambda items: f"{items[0]!r} and {items[-1]!r}"),
     "How many items are in this list?": (list, lambda items: f"There are {len(items)} items."),
     "Number the items of this list.": (list, lambda items: "\n".join(f"{i}. {item}" for i, item in enumerate(items, 1))),

@@ -6,6 +6,7 @@ file whose lines mostly stand in the training text is never held out. Tables, ge
 """
 
 import hashlib
+import re
 import sysconfig
 from collections import defaultdict
 from collections.abc import Iterator
@@ -95,13 +96,20 @@ def documents(split: Split) -> tuple[Document, ...]:
     return _divided()[split]
 
 
+def _tests_heldout(name: str) -> bool:
+    """Whether a file of the standard library's own tests is about a module that is held out."""
+    tested = re.match(r"test/test_([a-z0-9]+)", name)
+    return tested is not None and split_of(tested[1]) == "heldout"
+
+
 @cache
 def _divided() -> dict[str, tuple[Document, ...]]:
     """Both sides: training documents first, each package up to its cap, then the held-out ones that do not repeat them."""
     chosen: dict[str, list[Document]] = defaultdict(list)
     for package, root, path in _sources():
-        if text := _usable(path, root):
-            chosen[split_of(package)].append(Document(package, path.relative_to(root).as_posix(), text))
+        name = path.relative_to(root).as_posix()
+        if not _tests_heldout(name) and (text := _usable(path, root)):
+            chosen[split_of(package)].append(Document(package, name, text))
     seen: set[int] = set()
     used_bytes: dict[str, int] = defaultdict(int)
     kept: dict[str, list[Document]] = {"train": [], "heldout": []}

@@ -36,20 +36,20 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
-            shaped: dict[torch.Size, list[Tensor]] = defaultdict(list)
+            shaped: dict[torch.Size, list[tuple[Tensor, Tensor]]] = defaultdict(list)
             for matrix in group["params"]:
                 if matrix.grad is not None:
-                    shaped[matrix.shape].append(matrix)
-            for shape, matrices in shaped.items():
-                updates_NRC = orthogonal(torch.stack([self._momentum(matrix, group["momentum"]) for matrix in matrices]))
+                    shaped[matrix.shape].append((matrix, self._momentum(matrix, matrix.grad, group["momentum"])))
+            for shape, pairs in shaped.items():
+                updates_NRC = orthogonal(torch.stack([momentum_RC for _, momentum_RC in pairs]))
                 rate = group["lr"] * max(1.0, shape[0] / shape[1]) ** 0.5
-                for matrix, update_RC in zip(matrices, updates_NRC, strict=True):
+                for (matrix, _), update_RC in zip(pairs, updates_NRC):
                     matrix.mul_(1 - group["lr"] * group["weight_decay"]).add_(update_RC, alpha=-rate)
 
-    def _momentum(self, matrix: Tensor, momentum: float) -> Tensor:
+    def _momentum(self, matrix: Tensor, gradient: Tensor, momentum: float) -> Tensor:
         """Nesterov's look ahead: the gradient mixed with its updated running mean."""
         state = self.state[matrix]
         if "mean" not in state:
             state["mean"] = torch.zeros_like(matrix)
-        state["mean"].lerp_(matrix.grad, 1 - momentum)
-        return matrix.grad.lerp(state["mean"], momentum)
+        state["mean"].lerp_(gradient, 1 - momentum)
+        return gradient.lerp(state["mean"], momentum)

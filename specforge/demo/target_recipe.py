@@ -2,7 +2,7 @@
 
     python -m specforge.demo.target_recipe --minutes 70 --out DIR
 
-A byte-level BPE tokenizer of 4096 entries and a Llama of 4 million parameters, trained on source documents and on
+A byte-level BPE tokenizer of 4096 entries and a Llama of 2.4 million parameters, trained on source documents and on
 conversations about them. Hidden matrices are optimised by Muon, tables and norms by AdamW; the learning rate depends on
 the share of the time budget that is spent, so the run ends annealed whatever the machine's speed.
 """
@@ -39,9 +39,9 @@ CHAT_TEMPLATE = """\
 {%- endif -%}
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{- '<|assistant|>' -}}{%- endif -%}"""
-ROW_TOKENS = 512
+ROW_TOKENS = 256
 BATCH_ROWS = 16
-MICRO_ROWS = 4  # more rows at once and the logits leave the processor's cache
+MICRO_ROWS = 8  # more rows at once and the logits leave the processor's cache
 SEED = 0
 
 
@@ -66,8 +66,9 @@ def train_tokenizer(texts: Iterator[str]) -> PreTrainedTokenizerFast:
 
 def new_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=256, intermediate_size=704, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
-        head_dim=64, max_position_embeddings=1024, tie_word_embeddings=True, rms_norm_eps=1e-5, attn_implementation="sdpa",
+        vocab_size=len(tokenizer), hidden_size=192, intermediate_size=512, num_hidden_layers=4, num_attention_heads=3,
+        num_key_value_heads=1, head_dim=64, max_position_embeddings=1024, tie_word_embeddings=True, rms_norm_eps=1e-5,
+        attn_implementation="sdpa",
         pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
     )  # fmt: skip
@@ -106,7 +107,7 @@ class Rows:
         self.epochs = 0
 
     def take(self, count: int) -> np.ndarray:
-        rows = []
+        rows: list[np.ndarray] = []
         while len(rows) < count:
             if not self._left:
                 shift = int(self._rng.integers(0, ROW_TOKENS)) if self.epochs else 0
@@ -143,7 +144,12 @@ def train(out: Path, minutes: float) -> None:
     began = time.time()
     tokenizer = train_tokenizer(document.text for document in documents("train")[::4])
     tokenizer.save_pretrained(out)
-    sources, chats = streams(tokenizer)
+    if (out / "streams.npz").is_file():
+        stored = np.load(out / "streams.npz")
+        sources, chats = stored["sources"], stored["chats"]
+    else:
+        sources, chats = streams(tokenizer)
+        np.savez(out / "streams.npz", sources=sources, chats=chats)
     print(f"{time.time() - began:.0f} s: {len(sources)} source tokens, {len(chats)} conversation tokens", flush=True)
     model, batches = new_model(tokenizer), (Rows(sources, SEED), Rows(chats, SEED + 1))
     chosen = optimizers(model)
@@ -152,7 +158,11 @@ def train(out: Path, minutes: float) -> None:
     while spent_s < minutes * 60:
         share = spent_s / (minutes * 60)
         num_chats = sum(rng.random() < chat_share_at(share) for _ in range(BATCH_ROWS))
-        rows = np.concatenate([batches[0].take(BATCH_ROWS - num_chats), batches[1].take(num_chats)]) if num_chats else batches[0].take(BATCH_ROWS)
+        rows = (
+            np.concatenate([batches[0].take(BATCH_ROWS - num_chats), batches[1].take(num_chats)])
+            if num_chats
+            else batches[0].take(BATCH_ROWS)
+        )
         loss = torch.zeros(())
         for ids_BT in torch.from_numpy(rows).split(MICRO_ROWS):
             logits_BTV = model(input_ids=ids_BT[:, :-1], use_cache=False).logits

@@ -29,15 +29,17 @@ from specforge.demo.corpus import documents
 from specforge.errors import DataError
 
 TARGET = Path(__file__).parent / "target"
-WINDOW_TOKENS = 512
+WINDOW_TOKENS = 256  # what the target was trained on
 ANSWER_TOKENS = 64
+BATCH_PROMPTS = 64
 LIMITS = {"bpb_over_gzip": 0.92, "repeated_4grams": 0.35, "ended": 0.5}
 
 
 def load(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Model in fp32 and tokenizer of a folder, nothing fetched."""
     if not (folder / "config.json").is_file():
-        raise DataError(f"--target={folder}: a folder with config.json is needed; `python -m specforge.demo.target_recipe --out DIR` makes one")
+        remedy = "`python -m specforge.demo.target_recipe --out DIR` makes one"
+        raise DataError(f"--target={folder}: a folder with config.json is needed; {remedy}")
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
     return model.eval(), AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
@@ -76,13 +78,13 @@ def bits_per_byte(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, te
 
 
 @torch.inference_mode()
-def greedy_answers(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[dict[str, Any]], batch: int = 64) -> list[list[int]]:
+def greedy_answers(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[dict[str, Any]]) -> list[list[int]]:
     """Answer ids of every row's first question, the end of turn included where it was reached."""
     prompts = [tokenizer.apply_chat_template(row["conversations"][:1], add_generation_prompt=True, return_dict=False) for row in rows]
     answers: dict[int, list[int]] = {}
     by_length = sorted(range(len(rows)), key=lambda index: len(prompts[index]))
-    for start in range(0, len(rows), batch):
-        chosen = by_length[start : start + batch]
+    for start in range(0, len(rows), BATCH_PROMPTS):
+        chosen = by_length[start : start + BATCH_PROMPTS]
         for index, answer_T in zip(chosen, _generate(model, tokenizer, [prompts[index] for index in chosen])):
             ids = answer_T.tolist()
             answers[index] = ids[: ids.index(tokenizer.eos_token_id) + 1] if tokenizer.eos_token_id in ids else ids

@@ -4,15 +4,18 @@ At size 1 there is no process group and every collective is the identity, so cal
 """
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from specforge.errors import ConfigError
+from specforge.errors import ConfigError, SpecForgeError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,19 @@ class World:
         gathered: list[Any] = [None] * self.size
         dist.all_gather_object(gathered, value)
         return gathered
+
+    def on_main(self, act: Callable[[], T]) -> T:
+        """Rank 0's result of `act` on every rank; what it raises for the user, or the system refuses, is raised on every rank."""
+        result: T | SpecForgeError | OSError | None = None
+        if self.is_main:
+            try:
+                result = act()
+            except (SpecForgeError, OSError) as error:
+                result = error
+        result = self.from_main(result)
+        if isinstance(result, SpecForgeError | OSError):
+            raise result
+        return result  # type: ignore[return-value]
 
     def from_main(self, value: Any) -> Any:
         """Rank 0's value on every rank."""

@@ -9,7 +9,6 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -28,6 +27,7 @@ from specforge.features.store import (
     SampleFeatures,
     ShardRecord,
     check_finite,
+    require_unique,
     shard_name,
     write_index,
     write_shard,
@@ -109,11 +109,7 @@ def forwards(numbers: range, lengths: Sequence[int], capture_tokens: int) -> Ite
 
 
 def _plan_of(samples: Sequence[Sample], meta: FeatureMeta, capture_tokens: int, shard_bytes: int) -> dict[str, object]:
-    twice = [name for name, count in Counter(sample.id for sample in samples).items() if count > 1]
-    if twice:
-        raise FeatureError(
-            f"sample id {twice[0]!r}: occurs more than once, as {len(twice)} ids do; make ids unique, samples are known by them."
-        )
+    require_unique([sample.id for sample in samples])
     content = hashlib.sha256()
     for sample in samples:
         content.update(json.dumps([sample.id, sample.domain, len(sample.input_ids)]).encode())
@@ -198,8 +194,8 @@ def capture_group(target: Target, samples: Sequence[Sample], aux_layer_ids: Sequ
     captured = []
     for sample, tensors in zip(samples, target.capture([sample.input_ids for sample in samples], aux_layer_ids), strict=True):
         features = SampleFeatures(
-            torch.from_numpy(sample.input_ids).int(),
-            torch.from_numpy(sample.loss_mask).bool(),
+            torch.tensor(sample.input_ids, dtype=torch.int32),
+            torch.tensor(sample.loss_mask, dtype=torch.bool),
             **{name: tensor.cpu() for name, tensor in tensors.items()},
         )
         check_finite(sample.id, features)

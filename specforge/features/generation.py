@@ -1,5 +1,8 @@
 """The target alone, continuing many prompts at once: left-padded, KV-cached, greedy or sampled.
 
+Logits are float32 products of head and last hidden state, as in a capture, so that greedy text and captured arg-max agree
+in half precision too.
+
 Shapes: B prompts, S longest prompt of the batch, T largest number of new tokens, V vocabulary.
 """
 
@@ -43,7 +46,7 @@ class Sampling:
         """The next ids [B]."""
         if self.temperature == 0:
             return logits_BV.argmax(dim=-1)
-        cumulated_BV = (logits_BV.float() / self.temperature).softmax(dim=-1).double().cumsum(dim=-1)
+        cumulated_BV = (logits_BV / self.temperature).softmax(dim=-1).double().cumsum(dim=-1)
         threshold_B1 = uniform_B.unsqueeze(1) * cumulated_BV[:, -1:]
         return torch.searchsorted(cumulated_BV, threshold_B1, right=True).squeeze(1).clamp_max(logits_BV.shape[1] - 1)
 
@@ -63,8 +66,11 @@ def generate(
     ids_BS = torch.zeros(len(prompts), longest, dtype=torch.long)
     attended = torch.zeros(len(prompts), longest + max_new_tokens, dtype=torch.long)
     for row, prompt in enumerate(prompts):
-        ids_BS[row, longest - len(prompt) :] = torch.as_tensor(np.asarray(prompt), dtype=torch.long)
+        ids_BS[row, longest - len(prompt) :] = torch.tensor(np.asarray(prompt), dtype=torch.long)
         attended[row, longest - len(prompt) :] = 1
+    target.require_plain_head(prompts[0])
+    head_VH, bias_V = target.head_tensors()
+    head_VH, bias_V = head_VH.float(), None if bias_V is None else bias_V.float()
     ids_BS, attended = ids_BS.to(target.device), attended.to(target.device)
     uniforms_BT = sampling.uniforms(prompt_ids, max_new_tokens).to(target.device)
     ends = torch.tensor(sorted(end_ids), dtype=torch.long, device=target.device)
@@ -76,12 +82,13 @@ def generate(
     positions_BS = (attended[:, :longest].cumsum(dim=-1) - 1).clamp_min(0)
     cache = None
     for step in range(max_new_tokens):
-        output = target.model(
+        output = target.decoder(
             input_ids=ids_BS, attention_mask=attended[:, : longest + step], position_ids=positions_BS,
-            past_key_values=cache, use_cache=True, logits_to_keep=1,
+            past_key_values=cache, use_cache=True,
         )  # fmt: skip
         cache = output.past_key_values
-        next_B = sampling.choose(output.logits[:, -1], uniforms_BT[:, step])
+        logits_BV = torch.nn.functional.linear(output.last_hidden_state[:, -1].to(target.device).float(), head_VH, bias_V)
+        next_B = sampling.choose(logits_BV, uniforms_BT[:, step])
         for row, token, ended in zip(rows, next_B.tolist(), torch.isin(next_B, ends).tolist(), strict=True):
             if not finished[row] and len(answers[row]) < limits[row]:
                 answers[row].append(token)

@@ -24,6 +24,7 @@ from specforge.distributed.world import World
 from specforge.errors import FeatureError
 from specforge.features.generation import Answer, Sampling, generate
 from specforge.features.rendezvous import Rendezvous
+from specforge.features.store import require_unique
 from specforge.features.target import Target
 
 _SETTINGS = "settings.json"
@@ -33,10 +34,14 @@ _log = logging.getLogger(__name__)
 class Prompt(Protocol):
     """A conversation up to the assistant's turn; prompt_ids [S] are its tokens, the assistant's header included."""
 
-    id: str
-    domain: str
-    messages: list[dict[str, Any]]
-    prompt_ids: np.ndarray
+    @property
+    def id(self) -> str: ...
+    @property
+    def domain(self) -> str: ...
+    @property
+    def messages(self) -> list[dict[str, Any]]: ...
+    @property
+    def prompt_ids(self) -> np.ndarray: ...
 
 
 @dataclass(frozen=True)
@@ -152,6 +157,7 @@ class _Answerer:
 def _begin(out_path: Path, parts: Path, prompts: Sequence[Prompt], settings: dict[str, Any]) -> None:
     if out_path.exists():
         raise FeatureError(f"{out_path}: exists already; use it, remove it, or choose another path.")
+    require_unique([prompt.id for prompt in prompts])
     content = hashlib.sha256()
     for prompt in prompts:
         content.update(json.dumps([prompt.id, np.asarray(prompt.prompt_ids).tolist()]).encode())

@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import hashlib
 import itertools
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,11 +30,16 @@ STORE_FORMAT = 1
 class Sample(Protocol):
     """Tokens to capture features for: input_ids [S] int32 and loss_mask [S] bool."""
 
-    id: str
-    domain: str
-    input_ids: np.ndarray
-    loss_mask: np.ndarray
-    truncated: bool
+    @property
+    def id(self) -> str: ...
+    @property
+    def domain(self) -> str: ...
+    @property
+    def input_ids(self) -> np.ndarray: ...
+    @property
+    def loss_mask(self) -> np.ndarray: ...
+    @property
+    def truncated(self) -> bool: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,6 +176,14 @@ class FeatureWriter:
             if self._waiting:
                 self._flush()
             write_index(self._staging, self.meta, self._samples, self._shard_samples)
+
+
+def require_unique(ids: Sequence[str]) -> None:
+    twice = [name for name, count in Counter(ids).items() if count > 1]
+    if twice:
+        raise FeatureError(
+            f"sample id {twice[0]!r}: occurs more than once, as {len(twice)} ids do; make ids unique, samples are known by them."
+        )
 
 
 def check_finite(sample_id: str, features: SampleFeatures) -> None:

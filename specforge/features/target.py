@@ -17,6 +17,7 @@ from specforge.errors import ConfigError, FeatureError
 
 _LOGIT_ROWS = 1024
 _LOGIT_COLUMNS = 32_768
+_HEAD_CHECK_TOKENS = 16
 _HEAD_TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 """Largest difference between the model's logits and head times last hidden state, relative to the largest logit."""
 
@@ -46,7 +47,7 @@ def aux_layer_ids(num_layers: int, requested: Sequence[int] = ()) -> tuple[int, 
 class Target:
     """A frozen causal language model together with its head. `Target.load` reads one from a folder.
 
-    Raises, at the first capture, FeatureError where the logits are more than head times last hidden state.
+    The first capture raises FeatureError where the logits are more than head times last hidden state.
     """
 
     loads: ClassVar[int] = 0
@@ -127,11 +128,10 @@ class Target:
         ids_BS = torch.zeros(len(sequences), max(lengths), dtype=torch.long)
         real_BS = torch.zeros_like(ids_BS, dtype=torch.bool)
         for row, sequence in enumerate(sequences):
-            ids_BS[row, : len(sequence)] = torch.as_tensor(np.asarray(sequence), dtype=torch.long)
+            ids_BS[row, : len(sequence)] = torch.tensor(np.asarray(sequence), dtype=torch.long)
             real_BS[row, : len(sequence)] = True
         ids_BS, real_BS = ids_BS.to(self.device), real_BS.to(self.device)
-        if not self._head_checked:
-            self._check_head(ids_BS[:1, : min(lengths[0], 16)])
+        self.require_plain_head(sequences[0])
         with self._residual_stream(aux_ids) as stream:
             last_BSH = self.decoder(input_ids=ids_BS, attention_mask=real_BS.long(), use_cache=False).last_hidden_state
         Target.forwards += 1
@@ -147,12 +147,11 @@ class Target:
         best_N = last_NH.new_full((len(last_NH),), -torch.inf, dtype=torch.float32)
         argmax_N = torch.zeros_like(best_N, dtype=torch.int32)
         logsumexp_N = best_N.clone()
-        with _present(self.head):
-            weight_VH, bias_V = self.head.weight.to(last_NH.device), getattr(self.head, "bias", None)
+        weight_VH, bias_V = self.head_tensors()
         for first_id in range(0, self.vocab_size, _LOGIT_COLUMNS):
             ids = slice(first_id, first_id + _LOGIT_COLUMNS)
             weight = weight_VH[ids].float()
-            bias = None if bias_V is None else bias_V[ids].to(last_NH.device, torch.float32)
+            bias = None if bias_V is None else bias_V[ids].float()
             for first_row in range(0, len(last_NH), _LOGIT_ROWS):
                 rows = slice(first_row, first_row + _LOGIT_ROWS)
                 logits = nn.functional.linear(last_NH[rows].float(), weight, bias)
@@ -161,6 +160,12 @@ class Target:
                 best_N[rows] = torch.maximum(best_N[rows], highest)
                 logsumexp_N[rows] = torch.logaddexp(logsumexp_N[rows], logits.logsumexp(dim=-1))
         return argmax_N, logsumexp_N
+
+    def head_tensors(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Weight [V, H] and bias [V] of the head on the target's device, also where accelerate keeps them elsewhere."""
+        with _present(self.head):
+            bias = getattr(self.head, "bias", None)
+            return self.head.weight.to(self.device), None if bias is None else bias.to(self.device)
 
     @contextmanager
     def _residual_stream(self, layer_ids: Sequence[int]) -> Iterator[dict[int, torch.Tensor]]:
@@ -194,7 +199,16 @@ class Target:
             f"so nothing can be captured; choose a decoder-only target."
         )
 
-    def _check_head(self, ids_1S: torch.Tensor) -> None:
+    @torch.no_grad()
+    def require_plain_head(self, sequence: np.ndarray) -> None:
+        """Compare, once, the model's logits on some tokens of `sequence` with head times last hidden state.
+
+        Raises:
+            FeatureError: they differ.
+        """
+        if self._head_checked:
+            return
+        ids_1S = torch.tensor(np.asarray(sequence[:_HEAD_CHECK_TOKENS]), dtype=torch.long, device=self.device)[None]
         last_SH = self.decoder(input_ids=ids_1S, use_cache=False).last_hidden_state[0]
         logits_SV = self.model(input_ids=ids_1S, use_cache=False).logits[0].float()
         product_SV = self.head(last_SH).float().to(logits_SV.device)

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 import numpy as np
 
@@ -49,7 +50,7 @@ def query_blocks(documents: Documents, rows: np.ndarray, block_rows: int = 512) 
     """
     blocks = []
     borders = np.searchsorted(rows, documents.starts)
-    for document, (first, last) in enumerate(zip(borders[:-1], borders[1:], strict=True)):
+    for document, (first, last) in enumerate(pairwise(borders)):
         for start in range(first, last, block_rows):
             end = min(start + block_rows, last)
             blocks.append(QueryBlock(int(start), int(end), int(documents.starts[document]), int(rows[end - 1]) + 1))

@@ -14,7 +14,11 @@ class Rotary(nn.Module):
     def __init__(self, head_dim: int, max_positions: int, rope_parameters: dict[str, Any]) -> None:
         super().__init__()
         config = LlamaConfig(
-            head_dim=head_dim, hidden_size=head_dim, num_attention_heads=1, max_position_embeddings=max_positions, rope_parameters=rope_parameters
+            head_dim=head_dim,
+            hidden_size=head_dim,
+            num_attention_heads=1,
+            max_position_embeddings=max_positions,
+            rope_parameters=rope_parameters,
         )
         self.tables = LlamaRotaryEmbedding(config)
 

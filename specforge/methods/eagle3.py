@@ -31,7 +31,7 @@ from specforge.layers.documents import query_blocks
 from specforge.methods.base import Plan, StepOutput
 from specforge.methods.distillation import chunk_borders, soft_cross_entropy
 from specforge.models.draft_folder import read_draft_config, read_draft_tensors
-from specforge.models.eagle3 import Eagle3Config, Eagle3Draft, StepRows
+from specforge.models.eagle3 import Eagle3Config, Eagle3Draft, LayerKeys, StepRows
 
 
 @dataclass(frozen=True)
@@ -61,9 +61,9 @@ def plan_ttt(batch: DraftBatch, in_vocabulary_V: np.ndarray, num_steps: int, dec
     supervised_JT = np.zeros((num_steps, tokens), dtype=bool)
     counted_JT = np.zeros((num_steps, tokens), dtype=bool)
     for step in range(min(num_steps, max(tokens - 2, 0))):
-        rows = slice(0, tokens - 2 - step)
-        supervised_JT[step, rows] = mask_T[2 + step :] & (document_T[2 + step :] == document_T[rows])
-        counted_JT[step, rows] = supervised_JT[step, rows] & teachable_T[1 + step : tokens - 1]
+        reach = tokens - 2 - step
+        supervised_JT[step, :reach] = mask_T[2 + step :] & (document_T[2 + step :] == document_T[:reach])
+        counted_JT[step, :reach] = supervised_JT[step, :reach] & teachable_T[1 + step : tokens - 1]
     needed_JT = np.logical_or.accumulate(supervised_JT[::-1], axis=0)[::-1]
     # Every rank's backward must reach the parameters, or the reduction of the others would wait for it.
     needed_JT[0, 0] |= not needed_JT[0].any()
@@ -129,7 +129,9 @@ class Eagle3(nn.Module):
             for name, parameter in draft.named_parameters():
                 if parameter.dim() == 2:
                     std = 1 / math.sqrt(parameter.shape[1])
-                    parameter.normal_(0.0, std / math.sqrt(2) if name.endswith(("o_proj.weight", "down_proj.weight")) else std, generator=generator)
+                    parameter.normal_(
+                        0.0, std / math.sqrt(2) if name.endswith(("o_proj.weight", "down_proj.weight")) else std, generator=generator
+                    )
             if draft.lm_head is not None:
                 draft.lm_head.weight.copy_(tables.head[torch.from_numpy(vocabulary.kept)])
         return cls(options, draft, tables)
@@ -148,7 +150,9 @@ class Eagle3(nn.Module):
             if getattr(config, key) != getattr(expected, key)
         ]
         if differing:
-            raise CheckpointError(f"draft in {folder}: {'; '.join(differing)}. Set method.options to the draft's values or train a new draft.")
+            raise CheckpointError(
+                f"draft in {folder}: {'; '.join(differing)}. Set method.options to the draft's values or train a new draft."
+            )
         return cls(options, Eagle3Draft(config, vocabulary), tables)
 
     @classmethod
@@ -182,7 +186,7 @@ class Eagle3(nn.Module):
             torch.arange(documents.num_tokens, device=device), position_T.to(device),
             query_blocks(documents, np.arange(documents.num_tokens)) if self.options.layers > 1 else [], None,
         )  # fmt: skip
-        hidden, caches, outputs = fused_TH, [], []
+        hidden, caches, outputs = fused_TH, list[LayerKeys](), list[torch.Tensor]()
         for index, step in enumerate(plan.steps):
             if not len(step.rows_R):
                 break
@@ -211,7 +215,10 @@ class Eagle3(nn.Module):
         teacher_U, teacher_N = np.unique(start_N + 1 + step_N, return_inverse=True)
         weight_N = self.options.step_decay**step_N * plan.counted_JT[step_N, start_N]
 
-        supervised = [out if len(s.supervised_S) == len(out) else out[torch.from_numpy(s.supervised_S).to(device)] for s, out in zip(steps, outputs, strict=True)]
+        supervised = [
+            out if len(s.supervised_S) == len(out) else out[torch.from_numpy(s.supervised_S).to(device)]
+            for s, out in zip(steps, outputs, strict=True)
+        ]
         hidden_NH = self.draft.norm(torch.cat(supervised)[torch.from_numpy(by_teacher).to(device)])
         teacher_UH = batch.last[torch.from_numpy(teacher_U).to(device)]
         head_DH = self.teacher_head_DH if self.draft.lm_head is None else self.draft.lm_head.weight
@@ -227,5 +234,8 @@ class Eagle3(nn.Module):
         proposals_TK[starts + 1, columns] = ids_N.int()
         right_N = ids_N == batch.argmax[starts + 1 + columns]
         zeros = torch.zeros(self.draft_tokens, device=device)
-        tally = {"correct": zeros.index_add(0, columns, right_N.float()), "count": zeros.index_add(0, columns, torch.ones_like(right_N, dtype=torch.float32))}
+        tally = {
+            "correct": zeros.index_add(0, columns, right_N.float()),
+            "count": zeros.index_add(0, columns, torch.ones_like(right_N, dtype=torch.float32)),
+        }
         return StepOutput(loss_sum, tally, proposals_TK)

@@ -6,6 +6,7 @@ token t+2 (arXiv 2503.01840). A later step of training-time test feeds the row's
 Shapes: T packed tokens, R rows of a step, H hidden, A captured layers, h query heads, g key heads, D head width.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -110,6 +111,13 @@ class Eagle3Layer(nn.Module):
         return hidden_RH + self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
+class LayerList(nn.ModuleList):
+    """A ModuleList that knows what it holds."""
+
+    def __iter__(self) -> Iterator[Eagle3Layer]:  # type: ignore[override]
+        return super().__iter__()
+
+
 class Eagle3Draft(nn.Module):
     """The trained network. `d2t` and `t2d` are part of its state, so the vocabulary can never be rebuilt differently."""
 
@@ -124,7 +132,7 @@ class Eagle3Draft(nn.Module):
         self.fc_norm = nn.ModuleList(nn.RMSNorm(config.target_hidden_size, eps) for _ in config.aux_layer_ids) if config.fc_norm else None
         self.input_norm = nn.RMSNorm(fused, eps) if config.norm_before_fc else None
         self.fc = nn.Linear(fused, config.hidden_size, bias=False)
-        self.layers = nn.ModuleList(Eagle3Layer(config, first=i == 0) for i in range(config.num_hidden_layers))
+        self.layers = LayerList(Eagle3Layer(config, first=i == 0) for i in range(config.num_hidden_layers))
         self.norm = nn.RMSNorm(config.hidden_size, eps)
         self.lm_head = nn.Linear(config.hidden_size, config.draft_vocab_size, bias=False) if config.head_trained else None
         self.rotary = Rotary(config.head_dim, config.max_position_embeddings, config.rope_parameters)
@@ -147,7 +155,7 @@ class Eagle3Draft(nn.Module):
         Layers below the last one run `everywhere` (all T tokens), since the next layer's keys come from them.
         """
         cos_T, sin_T = self.rotary(fused_TH, everywhere.position_R)
-        hidden, caches = fused_TH, []
+        hidden, caches = fused_TH, list[LayerKeys]()
         for depth, layer in enumerate(self.layers):
             x_TX = layer.attention_input(hidden, embedded_TH)
             caches.append(LayerKeys(*layer.keys_and_values(x_TX, cos_T, sin_T)))

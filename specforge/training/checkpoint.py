@@ -1,21 +1,24 @@
 """CheckpointManager: complete or absent, the best remembered, nothing newer ever deleted.
 
-    RUN/{run_id}-step{N}/   manifest.json   sizes and checksums of all the files below
-                            state.json      step, position, world size, the settings that must not change
-                            rng-rank{r}.json
-                            draft/          config.json and safetensors, one shard a rank
-                            optimizer/      safetensors, one shard a rank
-    RUN/latest, RUN/best    relative links; where links cannot be made, the newest step and `best_meta.json` serve
-    RUN/best_meta.json      checkpoint, step, score, metric, metrics
+RUN/{run_id}-step{N}/   manifest.json   sizes and checksums of all the files below
+                        state.json      step, position, world size, the settings that must not change
+                        rng-rank{r}.json
+                        draft/          config.json and safetensors, one shard a rank
+                        optimizer/      safetensors, one shard a rank
+RUN/latest, RUN/best    relative links; where links cannot be made, the newest step and `best_meta.json` serve
+RUN/best_meta.json      checkpoint, step, score, metric, metrics
 """
 
 import math
 import re
 import shutil
-from collections.abc import Callable, Mapping
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -29,6 +32,7 @@ from specforge.training.backend import FSDPTrainingBackend
 from specforge.training.state import TrainState
 
 FORMAT_VERSION = 1
+T = TypeVar("T")
 _NAME = re.compile(r"(?P<run_id>.+)-step(?P<step>\d+)")
 _LOWER_IS_BETTER = ("loss", "ece", "brier")
 
@@ -116,7 +120,27 @@ class CheckpointManager:
         self.world = world
         self.keep = keep
         self._metric = best_metric
-        self.best: Best | None = world.from_main(read_best(folder) if world.is_main else None)
+        self.best: Best | None = world.on_main(lambda: read_best(folder))
+        self._lock = files.Lock(folder / ".lock")
+
+    def claim(self, patience_s: float = 10.0) -> None:
+        """Make this run the only one that writes here, until `release` or the end of the process.
+
+        Raises:
+            CheckpointError: another run still writes here after `patience_s` (workers outlive a killed torchrun by a step).
+        """
+        held = True
+        if self.world.is_main:
+            deadline_s = time.monotonic() + patience_s
+            while not (held := self._lock.try_acquire()) and time.monotonic() < deadline_s:
+                time.sleep(0.1)
+        if not self.world.from_main(held):
+            raise CheckpointError(
+                f"output_dir={str(self.folder)!r}: another run writes here now; wait for its end or choose another output_dir."
+            )
+
+    def release(self) -> None:
+        self._lock.release()
 
     def path(self, state: TrainState) -> Path:
         return self.folder / f"{state.run_id}-step{state.step}"
@@ -144,18 +168,11 @@ class CheckpointManager:
         self._rotate(state)
         return final
 
-    def _on_main(self, act: Callable[[], Any], name: str) -> Any:
-        """Rank 0's result of `act` on every rank; its failure is raised on every rank."""
-        result, reason = None, ""
-        if self.world.is_main:
-            try:
-                result = act()
-            except (OSError, SpecForgeError) as error:
-                reason = f"checkpoint {name} was not saved: {error} Earlier checkpoints are untouched."
-        result, reason = self.world.from_main((result, reason))
-        if reason:
-            raise CheckpointError(reason)
-        return result
+    def _on_main(self, act: Callable[[], T], name: str) -> T:
+        try:
+            return self.world.on_main(act)
+        except (OSError, SpecForgeError) as error:
+            raise CheckpointError(f"checkpoint {name} was not saved: {error} Earlier checkpoints are untouched.") from error
 
     def _written(
         self, staged: Path, state: TrainState, backend: FSDPTrainingBackend, draft_config: dict[str, Any], settings: dict[str, Any]
@@ -165,7 +182,8 @@ class CheckpointManager:
             for name, tensors in (("draft", backend.draft_state()), ("optimizer", backend.optimizer_state())):
                 (staged / name).mkdir(exist_ok=True)
                 writer = HuggingFaceStorageWriter(str(staged / name), save_distributed=True)
-                dcp.save(tensors, storage_writer=writer, no_dist=self.world.size == 1)
+                with _quiet_alone():
+                    dcp.save(tensors, storage_writer=writer, no_dist=self.world.size == 1)
             files.write_json(staged / f"rng-rank{self.world.rank}.json", randomness.capture())
             if self.world.is_main:
                 files.write_json(staged / "draft" / "config.json", draft_config)
@@ -198,10 +216,13 @@ class CheckpointManager:
 
     def _read(self, folder: Path, tensors: dict[str, torch.Tensor]) -> None:
         try:
-            dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=self.world.size == 1)
+            with _quiet_alone():
+                dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=self.world.size == 1)
         except CheckpointException as error:
             reason = str(next(iter(error.failures.values()))[0])
-            raise CheckpointError(f"{folder}: cannot be loaded into this draft: {reason}. Take a checkpoint of the same method and model.") from error
+            raise CheckpointError(
+                f"{folder}: cannot be loaded into this draft: {reason}. Take a checkpoint of the same method and model."
+            ) from error
 
     def _rotate(self, state: TrainState) -> None:
         """Drop this run's own older checkpoints beyond the newest `keep`; never the best, never anything newer."""
@@ -246,22 +267,28 @@ class CheckpointManager:
         self.best = self.world.from_main(best)
 
 
+@contextmanager
+def _quiet_alone() -> Iterator[None]:
+    """A world of one has no process group, which is no news to it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+        yield
+
+
 def read_state(checkpoint: Checkpoint, world: World) -> dict[str, Any]:
     """`state.json` of a checkpoint whose files were checked against its manifest, by rank 0 for all.
 
     Raises:
         CheckpointError: on every rank, if a file is missing or damaged or of another format.
     """
-    verdict: tuple[dict[str, Any] | None, str] = (None, "")
-    if world.is_main:
-        try:
-            files.verify(checkpoint.path, error=CheckpointError)
-            verdict = (files.read_json(checkpoint.path / "state.json", error=CheckpointError), "")
-        except CheckpointError as error:
-            verdict = (None, str(error))
-    stored, reason = world.from_main(verdict)
-    if stored is None:
-        raise CheckpointError(reason)
+
+    def verified() -> dict[str, Any]:
+        files.verify(checkpoint.path, error=CheckpointError)
+        return files.read_json(checkpoint.path / "state.json", error=CheckpointError)
+
+    stored = world.on_main(verified)
     if stored["format_version"] != FORMAT_VERSION:
-        raise CheckpointError(f"{checkpoint.path}: format_version is {stored['format_version']}, this version reads {FORMAT_VERSION}; use a matching release.")
+        raise CheckpointError(
+            f"{checkpoint.path}: format_version is {stored['format_version']}, this version reads {FORMAT_VERSION}; use a matching release."
+        )
     return stored

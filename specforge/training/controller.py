@@ -74,6 +74,7 @@ class TrainerController:
         self._saved_step = state.step if state.step else -1
         self._launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
         self._interval = Interval()
+        self._asked_s = 0.0
 
     def fit(self) -> TrainState:
         """Run to the last step; returns where the run stands.
@@ -82,8 +83,19 @@ class TrainerController:
             NonFiniteError: a loss or gradient is not finite; raised on all ranks before any parameter changed.
             ConfigError: the first evaluation lacks `checkpoint.best_metric`.
         """
-        if self.state.step == 0:
-            self._evaluate()
+        try:
+            if self.state.step == 0:
+                self._evaluate()
+            self._train()
+        except BaseException:
+            self.log.close(exit_code=1)
+            raise
+        finally:
+            self.checkpoints.release()
+        self.log.close()
+        return self.state
+
+    def _train(self) -> None:
         with progress(self.total_steps, self.state.step, "train", self.world) as bar:
             self._begin_interval()
             for window in self._windows():
@@ -98,7 +110,6 @@ class TrainerController:
                 if self._due(self.config.save_every) or last:
                     self._save()
                 self._asked_s = time.perf_counter()
-        return self.state
 
     def _windows(self) -> Iterable[Window]:
         self.data.seek(self.state.samples_seen)
@@ -138,7 +149,9 @@ class TrainerController:
         ])  # fmt: skip
         numbers = torch.cat([norm.detach().reshape(1).double(), self.world.sum_(local)]).cpu()
         if numbers[3] > 0:
-            raise SpecForgeError(f"the launcher of this run is gone; stopped after step {self.state.step}. Resume from the newest checkpoint.")
+            raise SpecForgeError(
+                f"the launcher of this run is gone; stopped after step {self.state.step}. Resume from the newest checkpoint."
+            )
         return numbers
 
     def _stop_for_non_finite(self, window: Window, losses: list[torch.Tensor]) -> None:

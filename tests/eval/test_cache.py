@@ -301,10 +301,16 @@ def test_ranks_poll_while_another_job_produces(config: EvalConfig) -> None:
 
 @pytest.mark.parametrize("failing", [0, 1])
 def test_rank_that_fails_takes_the_others_along(config: EvalConfig, failing: int) -> None:
+    """The other rank reports the cause although it sees a consequence first: the folder it writes to disappears."""
+
     def ask(world: World) -> str:
         def produce(folder: Path) -> None:
+            (folder / f"begun-{world.rank}").touch()
+            wait_until((folder / f"begun-{1 - world.rank}").exists)
             if world.rank == failing:
                 raise FeatureError("out of memory")
+            while failing == 0 and folder.exists():
+                pass
             (folder / "shard").write_text("x")
 
         with pytest.raises(FeatureError) as error:

@@ -89,7 +89,9 @@ def test_forwards_hold_like_lengths_within_the_budget() -> None:
 
 def test_features_are_those_of_each_sample_alone(tmp_path: Path, target_path: Path) -> None:
     samples = make_samples(LENGTHS)
-    store = run(tmp_path / "store", target_path)
+    for sample in samples:
+        sample.input_ids.flags.writeable = False
+    store = run(tmp_path / "store", target_path, samples=samples)
     store.verify()
     target = Target.load(target_path, "float32")
     assert store.ids == [sample.id for sample in samples]

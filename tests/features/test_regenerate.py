@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from specforge.distributed.world import World
 from specforge.errors import FeatureError
@@ -100,14 +100,15 @@ def test_greedy_answers_are_those_of_one_by_one_decoding(tmp_path: Path, target_
 @pytest.mark.parametrize("shrink_below", [0.0, 1.0])
 def test_dropping_finished_rows_changes_nothing(target_path: Path, monkeypatch: pytest.MonkeyPatch, shrink_below: float) -> None:
     target, prompts = Target.load(target_path, "float32"), make_prompts()
+    target.require_plain_head(prompts[0].prompt_ids)  # its own forwards are not counted below
     widths: list[int] = []
-    forward = target.model.forward
+    forward = target.decoder.forward
 
     def watched(**inputs: Any) -> Any:
         widths.append(len(inputs["input_ids"]))
         return forward(**inputs)
 
-    monkeypatch.setattr(target.model, "forward", watched)
+    monkeypatch.setattr(target.decoder, "forward", watched)
     monkeypatch.setattr(generation, "_SHRINK_BELOW", shrink_below)
     answers = generate(
         target, [p.prompt_ids for p in prompts], [p.id for p in prompts], max_new_tokens=12, end_ids=END, sampling=Sampling()
@@ -116,6 +117,26 @@ def test_dropping_finished_rows_changes_nothing(target_path: Path, monkeypatch: 
     assert [answer.ids for answer in answers] == [one_by_one(target, prompt.prompt_ids, 12) for prompt in prompts]
     needed = sum(len(answer.ids) for answer in answers)
     assert (sum(widths) == needed) == (shrink_below == 1.0)
+
+
+def test_learned_positions_begin_at_each_prompt() -> None:
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_layer=2, n_head=2, n_embd=16, n_positions=64, initializer_range=0.5))
+    target, prompts = Target(model), make_prompts()
+    answers = generate(target, [p.prompt_ids for p in prompts], [p.id for p in prompts], max_new_tokens=8, end_ids=END, sampling=Sampling())
+    assert [answer.ids for answer in answers] == [one_by_one(target, prompt.prompt_ids, 8) for prompt in prompts]
+
+
+def test_greedy_text_is_the_captured_arg_max_in_half_precision(target_path: Path) -> None:
+    target, prompts = Target.load(target_path, "bfloat16"), make_prompts()
+    answers = generate(
+        target, [p.prompt_ids for p in prompts], [p.id for p in prompts], max_new_tokens=12, end_ids=END, sampling=Sampling()
+    )
+    texts = [np.concatenate([prompt.prompt_ids, answer.ids]) for prompt, answer in zip(prompts, answers, strict=True)]
+    captured = target.capture(texts, (1,))
+    said = np.concatenate([answer.ids for answer in answers])
+    argmax = np.concatenate([one["argmax"][len(p.prompt_ids) - 1 : -1] for one, p in zip(captured, prompts, strict=True)])
+    assert (said == argmax).mean() > 0.95
 
 
 def test_samples_follow_the_targets_distribution(target_path: Path) -> None:
@@ -192,6 +213,11 @@ def test_answers_of_other_settings_are_not_mixed_in(tmp_path: Path, target_path:
     (parts / "settings.json").write_text(json.dumps({"max_new_tokens": 12, "temperature": 1.0, "seed": 0, "prompts": ""}))
     with pytest.raises(FeatureError, match=r"other settings \(temperature, prompts\)"):
         run(tmp_path / "out.jsonl", target_path, tokenizer)
+
+
+def test_repeated_ids_are_refused(tmp_path: Path, target_path: Path, tokenizer: Any) -> None:
+    with pytest.raises(FeatureError, match=r"sample id 'p0': occurs more than once"):
+        run(tmp_path / "out.jsonl", target_path, tokenizer, prompts=[*make_prompts(2), *make_prompts(1)])
 
 
 def test_prompts_that_fill_the_target_are_left_out_and_counted(

@@ -1,0 +1,182 @@
+"""`specforge demo`: the whole story on two cores, measured while you watch.
+
+The embedded target answers prompts made from this machine's Python sources; a draft is trained on the answers by two
+FSDP ranks, killed with SIGKILL, resumed from its best checkpoint, and measured on packages that nothing was trained on.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from specforge import files
+from specforge.cli.table import acceptance_table
+from specforge.config import load_config
+from specforge.config.load import dump_config
+from specforge.errors import SpecForgeError
+from specforge.log.run_log import read_metrics
+
+TRAIN_PROMPTS, HELDOUT_PROMPTS, ANSWER_TOKENS = 1600, 240, 64
+STEPS, EVERY, KILL_AFTER = 160, 40, 90
+TARGET = Path(__file__).parent.parent / "demo" / "target"
+
+
+def run(words: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="specforge demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/quickstart"), help="run folder (default runs/quickstart); an earlier one is replaced"
+    )
+    parser.add_argument("--target", type=Path, default=TARGET, help="another Hugging Face folder in place of the embedded target")
+    given = parser.parse_args(words)
+    Story(given.out, given.target).tell()
+    return 0
+
+
+class Story:
+    """The steps of the demo, each a command that a user could type."""
+
+    def __init__(self, out: Path, target: Path) -> None:
+        self.out, self.target = out, target
+        self.run_folder, self.config_path = out / "run", out / "train.yaml"
+        self.began_s = time.monotonic()
+
+    def tell(self) -> None:
+        self._make_room()
+        self._say("1. prompts from the Python sources of this machine; held-out prompts come from packages nobody trained on")
+        self._write_prompts()
+        self._say(f"2. the target answers them: greedy, at most {ANSWER_TOKENS} tokens each, on two processes")
+        answers = self.out / "answers.jsonl"
+        self._torchrun(
+            "prepare", str(self.config_path), f"data.train_path={self.out / 'prompts.jsonl'}",
+            "--regenerate", str(answers), "--max-new-tokens", str(ANSWER_TOKENS),
+        )  # fmt: skip
+        self._split(answers)
+        self._say(f"3. train an EAGLE-3 draft on two FSDP ranks; SIGKILL after step {KILL_AFTER}")
+        killed_at = self._train_and_kill()
+        best = files.read_json(self.run_folder / "best_meta.json")
+        self._say(f"4. killed at step {killed_at}; resume from the best checkpoint, step {best['step']}")
+        self._torchrun("train", str(self.config_path), f"train.resume_from={self.run_folder / 'best'}")
+        self._say("5. measure the best checkpoint on the held-out answers; its features are in the cache, so no target is loaded")
+        numbers = self._evaluate()
+        self._say("what was measured")
+        self._summary(numbers, best["step"])
+
+    def _say(self, text: str) -> None:
+        print(f"\n[{time.monotonic() - self.began_s:5.0f} s] {text}", flush=True)
+
+    def _make_room(self) -> None:
+        if self.out.exists():
+            if not self.config_path.is_file():
+                raise SpecForgeError(f"--out={self.out}: exists and is not a demo's folder; choose another one.")
+            shutil.rmtree(self.out)
+        self.out.mkdir(parents=True)
+        settings = {
+            "output_dir": self.run_folder, "run_id": "demo", "model.target_path": self.target, "method.name": "eagle3",
+            "method.options.draft_tokens": 4, "method.options.draft_vocab_size": 2048, "data.max_length": 256,
+            "data.train_path": self.out / "train.jsonl", "data.eval_path": self.out / "heldout.jsonl",
+            "train.steps": STEPS, "train.batch_samples": 16, "train.micro_batch_tokens": 2048, "train.learning_rate": 1e-3,
+            "train.warmup_steps": 10, "train.eval_every": EVERY, "train.save_every": EVERY, "train.log_every": 10, "checkpoint.keep": 2,
+        }  # fmt: skip
+        config = load_config(None, [f"{key}={value}" for key, value in settings.items()])
+        self.config_path.write_text(dump_config(config))
+
+    def _write_prompts(self) -> None:
+        from specforge.demo.conversations import conversations
+        from specforge.demo.corpus import Split
+
+        with (self.out / "prompts.jsonl").open("w") as file:
+            counts: tuple[tuple[Split, int], ...] = (("train", TRAIN_PROMPTS), ("heldout", HELDOUT_PROMPTS))
+            for split, count in counts:
+                for row in conversations(split, count):
+                    row = {"id": f"{split}/{row['id']}", "domain": row["domain"], "conversations": row["conversations"]}
+                    file.write(json.dumps(row) + "\n")
+
+    def _split(self, answers: Path) -> None:
+        rows: dict[str, list[str]] = {"train": [], "heldout": []}
+        for line in answers.read_text().splitlines():
+            rows[json.loads(line)["id"].split("/")[0]].append(line)
+        for split, lines in rows.items():
+            (self.out / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
+        tokens = [sum(json.loads(line)["loss_mask"]) for line in rows["heldout"]]
+        print(f"{len(rows['train'])} answers to train on, {len(tokens)} held out ({sum(tokens) / len(tokens):.0f} tokens on average)")
+
+    def _command(self, *words: str) -> list[str]:
+        return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "specforge", *words]
+
+    def _environment(self) -> dict[str, str]:
+        return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+
+    def _torchrun(self, *words: str) -> None:
+        command = self._command(*words)
+        print("$ torchrun " + " ".join(command[3:]), flush=True)
+        done = subprocess.run(command, env=self._environment(), check=False)
+        if done.returncode:
+            raise SpecForgeError(f"the command above failed with exit code {done.returncode}; its own message says why.")
+
+    def _train_and_kill(self) -> int:
+        command = self._command("train", str(self.config_path))
+        print("$ torchrun " + " ".join(command[3:]), flush=True)
+        with subprocess.Popen(command, env=self._environment(), start_new_session=True) as process:
+            while process.poll() is None and self._step() < KILL_AFTER:
+                time.sleep(0.2)
+            if process.poll() is not None:
+                raise SpecForgeError(f"training ended with exit code {process.returncode} before it could be killed.")
+            for pid in [process.pid, *_descendants(process.pid)]:
+                os.kill(pid, signal.SIGKILL)
+        return self._step()
+
+    def _step(self) -> int:
+        return max((line.get("step", 0) for line in read_metrics(self.run_folder / "metrics.jsonl")), default=0)
+
+    def _evaluate(self) -> dict[str, Any]:
+        words = ["eval", str(self.config_path), "--checkpoint", str(self.run_folder / "best")]
+        print("$ specforge " + " ".join(words), flush=True)
+        environment = {**self._environment(), "OMP_NUM_THREADS": str(os.cpu_count() or 1)}
+        done = subprocess.run([sys.executable, "-m", "specforge", *words], env=environment, check=False, stdout=subprocess.PIPE, text=True)
+        if done.returncode:
+            raise SpecForgeError(f"the command above failed with exit code {done.returncode}; its own message says why.")
+        return json.loads(done.stdout.splitlines()[-1])
+
+    def _summary(self, numbers: dict[str, Any], resumed_from_step: int) -> None:
+        lines = read_metrics(self.run_folder / "metrics.jsonl", superseded=False)
+        print(loss_curve([(line["step"], line["train/loss"]) for line in lines if "train/loss" in line]))
+        for line in lines:
+            if "eval/acc_len" in line:
+                lengths = (line.get(f"eval/{name}", float("nan")) for name in ("walk_acc_len", "acc_len", "simulated_acc_len"))
+                print("step {:>4}  walk {:.3f}  acc_len {:.3f}  simulated {:.3f}".format(line["step"], *lengths))
+        print()
+        print(acceptance_table(numbers))
+        print(f"the target was loaded {numbers['target_loads']} times: its features came from the cache")
+        last = {
+            "walk": numbers.get("eval/walk_acc_len"),
+            "walk_low": numbers.get("eval/walk_acc_len_low"),
+            "walk_high": numbers.get("eval/walk_acc_len_high"),
+            "ngram_walk": numbers.get("eval/ngram_walk_acc_len"),
+            "acc_len": numbers["eval/acc_len"],
+            "simulated_acc_len": numbers["eval/simulated_acc_len"],
+            "best_step": files.read_json(self.run_folder / "best_meta.json")["step"],
+            "resumed_from_step": resumed_from_step,
+            "final_step": lines[-1]["step"],
+            "seconds": round(time.monotonic() - self.began_s, 1),
+        }
+        print(json.dumps(last))
+
+
+def loss_curve(points: Sequence[tuple[int, float]], width: int = 48) -> str:
+    """One bar a point, longer for a larger loss."""
+    highest = max(loss for _, loss in points)
+    return "\n".join(f"step {step:>4}  loss {loss:6.3f}  {'█' * max(1, round(width * loss / highest))}" for step, loss in points)
+
+
+def _descendants(pid: int) -> list[int]:
+    """All processes below `pid`; torchrun's workers are in sessions of their own, so a process group does not hold them."""
+    return [child.pid for child in psutil.Process(pid).children(recursive=True)]

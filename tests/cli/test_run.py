@@ -1,0 +1,209 @@
+"""A whole run through `build_controller` and the command line: regenerate, train, resume, fork, evaluate."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from specforge.cli.__main__ import main
+from specforge.cli.compose import build_controller, evaluate_checkpoint
+from specforge.config import RunConfig, load_config
+from specforge.distributed import World
+from specforge.features.target import Target
+from specforge.log.run_log import read_metrics
+from specforge.training.checkpoint import find_checkpoints, resolve
+from tests.ranks import run_ranks
+from tests.texts import make_text_target, write_rows
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    """A folder with target, regenerated answers and evaluation answers; and the settings that use them."""
+    folder = tmp_path_factory.mktemp("prepared")
+    target = make_text_target(folder / "target")
+    settings = [f"model.target_path={target}", f"output_dir={folder / 'unused'}", "data.max_length=64", "train.micro_batch_tokens=128"]
+    (folder / "c.yaml").write_text("method: {name: eagle3, options: {draft_tokens: 3, draft_vocab_size: 100}}\n")
+    for split, count in (("train", 24), ("heldout", 6)):
+        prompts = write_rows(folder / f"{split}-prompts.jsonl", count)
+        words = [str(folder / "c.yaml"), *settings, f"data.train_path={prompts}", "--regenerate", str(folder / f"{split}.jsonl")]
+        assert main(["prepare", *words, "--max-new-tokens", "12"]) == 0
+    settings += [f"data.train_path={folder / 'train.jsonl'}", f"data.eval_path={folder / 'heldout.jsonl'}"]
+    settings += ["train.batch_samples=4", "train.learning_rate=1e-2", "train.log_every=1", "eval.bootstrap=20"]
+    return folder, settings
+
+
+def config_of(prepared: tuple[Path, list[str]], run: Path, *more: str) -> RunConfig:
+    folder, settings = prepared
+    return load_config(folder / "c.yaml", [*settings, f"output_dir={run}", *more])
+
+
+def train(world: World, config: RunConfig) -> int:
+    return build_controller(config, world).fit().step
+
+
+def evals(run: Path) -> list[dict[str, Any]]:
+    return [line for line in read_metrics(run / "metrics.jsonl") if "eval/acc_len" in line]
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_train_resume_and_evaluate(world: int, prepared: tuple[Path, list[str]], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    config = config_of(prepared, run, "train.steps=6", "train.eval_every=2", "train.save_every=2")
+    assert run_ranks(train, config, world=world) == [6] * world
+    assert (run / "config.yaml").is_file()
+    assert [line["step"] for line in evals(run)] == [0, 2, 4, 6]
+    last = evals(run)[-1]
+    assert last["eval/greedy_match"] == 1.0, "the answers are the target's own, token by token"
+    assert last["eval/walk_acc_len"] >= 1.0
+    assert {"eval/a/acc_len", "eval/b/acc_len", "eval/ngram_walk_acc_len", "eval/walk_acc_len_low"} <= last.keys()
+
+    loads, forwards = Target.loads, Target.forwards
+    numbers = evaluate_checkpoint(config, run / "latest", World())
+    assert (Target.loads, Target.forwards) == (loads, forwards), "the features are in the cache"
+    for name in ("eval/walk_acc_len", "eval/acc_len", "eval/per_position_acc"):
+        assert numbers[name] == last[name]
+
+    longer = config_of(prepared, run, "train.steps=8", f"train.resume_from={run / 'latest'}", "train.allow_config_change=true")
+    assert run_ranks(train, longer, world=world) == [8] * world
+    assert resolve(run / "latest").run_id == "run"
+
+
+def test_resuming_an_old_checkpoint_forks(prepared: tuple[Path, list[str]], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    settings = ("train.steps=4", "train.save_every=2", "checkpoint.keep=0")
+    train(World(), config_of(prepared, run, *settings))
+    before = {checkpoint.path.name: checkpoint.path.stat().st_mtime_ns for checkpoint in find_checkpoints(run)}
+    train(World(), config_of(prepared, run, *settings, f"train.resume_from={run / 'run-step2'}"))
+    after = {checkpoint.path.name: checkpoint.path.stat().st_mtime_ns for checkpoint in find_checkpoints(run)}
+    assert before.items() <= after.items()
+    assert resolve(run / "latest").path.name == "run.fork1-step4"
+    fork = next(line for line in read_metrics(run / "metrics.jsonl") if line.get("event") == "fork")
+    assert (fork["parent"], fork["run_id"]) == ("run-step2", "run.fork1")
+
+
+def test_a_new_run_starts_from_an_earlier_draft(prepared: tuple[Path, list[str]], tmp_path: Path) -> None:
+    train(World(), config_of(prepared, tmp_path / "first", "train.steps=3"))
+    again = config_of(prepared, tmp_path / "second", "train.steps=1", f"model.draft_path={tmp_path / 'first' / 'latest'}")
+    train(World(), again)
+    assert evals(tmp_path / "second")[0]["eval/avg_loss"] == pytest.approx(evals(tmp_path / "first")[-1]["eval/avg_loss"], rel=1e-6)
+
+
+def fails(words: Sequence[object], code: int, capsys: pytest.CaptureFixture[str]) -> str:
+    assert main([str(word) for word in words]) == code
+    return capsys.readouterr().err
+
+
+def test_bad_input(prepared: tuple[Path, list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One sentence that names key, value and way out; the exit code of its kind; no checkpoint, nothing lost."""
+    folder, settings = prepared
+    run = tmp_path / "run"
+    base = ["train", folder / "c.yaml", *settings, f"output_dir={run}", "train.steps=1"]
+    assert "train.stepps" in fails([*base, "train.stepps=3"], 2, capsys)
+    assert "data.max_length" in fails([*base, "data.max_length=many"], 2, capsys)
+    assert "did you mean 'eagle3'" in fails([*base, "method.name=eagle"], 2, capsys)
+    assert "no such file" in fails(["train", folder / "none.yaml"], 2, capsys)
+    assert "train.resume_from" in fails([*base, f"train.resume_from={run}/latest"], 5, capsys)
+    assert "nowhere" in fails([*base, f"model.target_path={folder}/nowhere"], 4, capsys)
+    assert not run.exists(), "refused before anything was written"
+
+    broken = folder / "broken.jsonl"
+    broken.write_text((folder / "train.jsonl").read_text() + '{"id": "x", "conversations": [\n')
+    assert "broken.jsonl:25" in fails([*base, f"data.train_path={broken}"], 3, capsys)
+    empty = folder / "empty.jsonl"
+    empty.write_text("")
+    assert "empty.jsonl" in fails([*base, f"data.train_path={empty}"], 3, capsys)
+    assert not find_checkpoints(run)
+
+    assert "checkpoint.best_metric='eval/f1'" in fails([*base, "checkpoint.best_metric=eval/f1"], 2, capsys)
+    assert not find_checkpoints(run)
+
+
+def test_a_run_is_not_mixed_with_another(prepared: tuple[Path, list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, settings = prepared
+    run = tmp_path / "run"
+    base = ["train", folder / "c.yaml", *settings, f"output_dir={run}", "train.steps=2"]
+    assert main([str(word) for word in base]) == 0
+    assert f"train.resume_from={run}/latest" in fails(base, 5, capsys)
+    resume = [*base, f"train.resume_from={run}/latest"]
+    message = fails([*resume, "train.learning_rate=0.5", "method.options.step_decay=0.5"], 5, capsys)
+    assert "train.learning_rate: checkpoint 0.01, now 0.5" in message
+    assert "method.options.step_decay: checkpoint 0.8, now 0.5" in message
+    assert "train.allow_config_change=true" in message
+    other = make_text_target(tmp_path / "other-target", seed=1)
+    message = fails(
+        [*base[:-2], f"output_dir={tmp_path / 'new'}", f"features.path={run / 'features' / 'train'}", f"model.target_path={other}"],
+        4,
+        capsys,
+    )
+    assert "target_fingerprint" in message
+
+
+def test_features_of_other_layers_and_damaged_shards_are_refused(
+    prepared: tuple[Path, list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, settings = prepared
+    features = tmp_path / "features"
+    base = ["train", folder / "c.yaml", *settings, f"output_dir={tmp_path / 'a'}", f"features.path={features}", "train.steps=1"]
+    assert main([str(word) for word in base]) == 0
+    base[-3] = f"output_dir={tmp_path / 'b'}"
+    message = fails([*base, "model.aux_layer_ids=[1,2]"], 4, capsys)
+    assert "aux_layer_ids" in message
+    shard = next(features.glob("*.safetensors"))
+    shard.write_bytes(shard.read_bytes()[:-7])
+    assert shard.name in fails(base, 4, capsys)
+
+
+def test_a_tokenizer_without_chat_template(prepared: tuple[Path, list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, settings = prepared
+    bare = make_text_target(tmp_path / "bare", template="")
+    rows = write_rows(tmp_path / "rows.jsonl", 12)
+    words = [
+        "train",
+        folder / "c.yaml",
+        *settings,
+        f"output_dir={tmp_path / 'run'}",
+        f"model.target_path={bare}",
+        f"data.train_path={rows}",
+    ]
+    message = fails([*words, f"data.eval_path={rows}"], 3, capsys)
+    assert "data.chat_template" in message
+
+
+def test_show_marks_the_answer(prepared: tuple[Path, list[str]], capsys: pytest.CaptureFixture[str]) -> None:
+    folder, settings = prepared
+    assert main(["prepare", str(folder / "c.yaml"), *settings, "--show", "1"]) == 0
+    shown = capsys.readouterr().out
+    assert "⟦" in shown
+    assert shown.index("<|assistant|>") < shown.index("⟦")
+
+
+def test_plan_writes_nothing(prepared: tuple[Path, list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, settings = prepared
+    run = tmp_path / "run"
+    assert main(["train", str(folder / "c.yaml"), *settings, f"output_dir={run}", "train.epochs=2", "--plan"]) == 0
+    plan = capsys.readouterr().out
+    assert "12 of 4 samples" in plan, "24 samples twice, 4 at a time"
+    assert not run.exists()
+
+
+def test_commands_explain_themselves(capsys: pytest.CaptureFixture[str]) -> None:
+    for command in ("train", "prepare", "eval", "demo"):
+        with pytest.raises(SystemExit) as ended:
+            main([command, "--help"])
+        assert ended.value.code == 0
+        assert f"usage: specforge {command}" in capsys.readouterr().out
+    assert main(["trian"]) == 2
+    assert "no command" in capsys.readouterr().err
+
+
+def test_the_last_line_of_eval_is_json(prepared: tuple[Path, list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, settings = prepared
+    run = tmp_path / "run"
+    assert main(["train", str(folder / "c.yaml"), *settings, f"output_dir={run}", "train.steps=1"]) == 0
+    capsys.readouterr()
+    assert main(["eval", str(run / "config.yaml"), "--checkpoint", str(run / "best")]) == 0
+    numbers = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert numbers["target_loads"] == 0 or Target.loads > 0
+    assert numbers["eval/samples"] == 6

@@ -1,0 +1,91 @@
+"""One evaluation, however it is cut: micro-batches, ranks, empty shards."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from specforge.config.schema import TrainConfig
+from specforge.distributed import World
+from specforge.eval.evaluator import Evaluator
+from specforge.features.store import LocalFeatureStore
+from specforge.training.backend import FSDPTrainingBackend
+from tests.ranks import Collectives, run_ranks
+from tests.tiny import make_method, make_samples, make_store, make_target
+
+K = 3
+
+
+@pytest.fixture(scope="module")
+def target_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_target(tmp_path_factory.mktemp("target"))
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory, target_path: Path) -> LocalFeatureStore:
+    return make_store(tmp_path_factory.mktemp("features") / "store", target_path, make_samples([40, 9, 21, 5, 17, 12, 30]))
+
+
+def evaluate(world: World, target_path: Path, folder: Path, micro_batch_tokens: int, max_samples: int = 0) -> dict[str, Any]:
+    method = make_method(target_path, LocalFeatureStore(folder))
+    backend = FSDPTrainingBackend(method, TrainConfig(), world)
+    evaluator = Evaluator(
+        LocalFeatureStore(folder), world, draft_tokens=K, micro_batch_tokens=micro_batch_tokens, max_samples=max_samples, bootstrap=50
+    )
+    with backend.whole(), Collectives() as seen:
+        numbers = evaluator.evaluate(method, backend)
+    return {**numbers, "collectives": seen.total}
+
+
+def assert_same(got: dict[str, Any], expected: dict[str, Any]) -> None:
+    assert got.keys() == expected.keys()
+    for name, value in expected.items():
+        if name == "eval/avg_loss":
+            assert got[name] == pytest.approx(value, rel=1e-6)
+        elif name != "collectives":
+            assert got[name] == value, name
+
+
+@pytest.mark.parametrize("micro_batch_tokens", [1, 60, 1000])
+def test_micro_batches_change_nothing(micro_batch_tokens: int, target_path: Path, store: LocalFeatureStore) -> None:
+    expected = evaluate(World(), target_path, store.folder, 100)
+    assert_same(evaluate(World(), target_path, store.folder, micro_batch_tokens), expected)
+
+
+@pytest.mark.parametrize(("world", "max_samples"), [(2, 0), (4, 0), (4, 2), (2, 1)])
+def test_ranks_change_nothing(world: int, max_samples: int, target_path: Path, store: LocalFeatureStore) -> None:
+    """4 ranks and 2 samples: two ranks have nothing to do, and nobody waits for them."""
+    expected = evaluate(World(), target_path, store.folder, 60, max_samples)
+    for numbers in run_ranks(evaluate, target_path, store.folder, 60, max_samples, world=world):
+        assert_same(numbers, expected)
+        assert numbers["collectives"] == 2, "one reduction of the loss, one of the counts"
+
+
+def test_another_draft_gives_other_numbers(target_path: Path, store: LocalFeatureStore) -> None:
+    """Negative control: equality above is not the equality of constants."""
+    expected = evaluate(World(), target_path, store.folder, 60)
+    method = make_method(target_path, store, seed=1)
+    evaluator = Evaluator(store, World(), draft_tokens=K, micro_batch_tokens=60, bootstrap=50)
+    with torch.no_grad():
+        numbers = evaluator.evaluate(method)
+    assert numbers["eval/avg_loss"] != pytest.approx(expected["eval/avg_loss"], rel=1e-3)
+    assert numbers["eval/per_position_acc"] != expected["eval/per_position_acc"]
+
+
+def test_fewer_drafts_are_a_prefix_of_more(target_path: Path, store: LocalFeatureStore) -> None:
+    method = make_method(target_path, store)
+    with torch.no_grad():
+        long, short = (Evaluator(store, World(), draft_tokens=k, micro_batch_tokens=60, bootstrap=0).evaluate(method) for k in (3, 2))
+    assert long["eval/per_position_acc"][:2] == short["eval/per_position_acc"]
+    assert long["eval/survival"][:2] == short["eval/survival"]
+
+
+def test_counts_add_up_over_domains(target_path: Path, store: LocalFeatureStore) -> None:
+    method = make_method(target_path, store)
+    evaluator = Evaluator(store, World(), draft_tokens=K, micro_batch_tokens=60, bootstrap=0)
+    with torch.no_grad():
+        numbers = evaluator.evaluate(method)
+    assert {name.split("/")[1] for name in numbers if name.count("/") == 2} == {"a", "b"}
+    low, high = sorted(numbers[f"eval/{domain}/acc_len"] for domain in "ab")
+    assert low <= numbers["eval/acc_len"] <= high
