@@ -12,7 +12,7 @@ TEMPLATE = (
     "{%- generation -%}{{- m['content'] + '<|end|>' -}}{%- endgeneration -%}{%- else -%}{{- m['content'] + '<|end|>' -}}{%- endif -%}"
     "{%- endfor -%}{%- if add_generation_prompt -%}{{- '<|assistant|>' -}}{%- endif -%}"
 )
-WORDS = "the cat sat on a mat and the dog ran to it while birds sang of spring".split()
+WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "the", "dog", "ran", "to", "it", "while", "birds", "sang", "of", "spring"]
 
 
 def make_text_target(folder: Path, template: str = TEMPLATE, seed: int = 0) -> Path:

@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import time
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -184,7 +185,9 @@ def evaluate_checkpoint(config: RunConfig, path: Path, world: World) -> dict[str
     checkpoint = world.on_main(lambda: resolve(path))
     tables = read_tables(config)
     meta = feature_meta(config, tables, world)
+    asked_s = time.perf_counter()
     store = eval_store(config, meta, LazyTarget(config, world), world)
+    cache_s = time.perf_counter() - asked_s
     _check_contract(config, read_state(checkpoint, world), checkpoint, weights_only=True)
     method = registered(config.method.name).load().read(config.method.options, tables, checkpoint.path / "draft")
     backend = FSDPTrainingBackend(method, config.train, world)
@@ -194,7 +197,7 @@ def evaluate_checkpoint(config: RunConfig, path: Path, world: World) -> dict[str
         numbers = evaluator.evaluate(method, backend)
     if world.is_main and (reason := why_no_walk(numbers)):
         print(reason, file=sys.stderr)
-    return {**numbers, "target_loads": Target.loads, "target_forwards": Target.forwards}
+    return {**numbers, "target_loads": Target.loads, "target_forwards": Target.forwards, "cache_s": round(cache_s, 3)}
 
 
 def report(controller: TrainerController, state: TrainState) -> None:

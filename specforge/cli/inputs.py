@@ -174,6 +174,7 @@ def train_store(config: RunConfig, meta: FeatureMeta, target: Callable[[], Targe
     store = LocalFeatureStore(folder)
     fields = ("target_fingerprint", "aux_layer_ids", "dtype", "template_digest", "max_length", "mask_options")
     store.expect(**{name: getattr(meta, name) for name in fields})
+    world.on_main(lambda: store.verify(_fingerprints(config)))
     return store
 
 

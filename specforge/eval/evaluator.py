@@ -64,7 +64,7 @@ class Evaluator:
         device = self._world.device
         sums, proposed = torch.zeros(2, dtype=torch.float64, device=device), []
         for samples in self._batches:
-            batch = DraftBatch.pack(samples, [self._store.read(index) for index in samples])
+            batch = DraftBatch.read(self._store, samples)
             plan = method.plan(batch)
             output = forward(batch.to(device), plan)
             sums += torch.stack([output.loss_sum.detach().double().sum(), torch.tensor(plan.weight, dtype=torch.float64, device=device)])

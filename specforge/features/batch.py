@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from specforge.features.store import SampleFeatures
+from specforge.features.store import LocalFeatureStore, SampleFeatures
 from specforge.layers.documents import Documents
 
 
@@ -19,6 +19,8 @@ class DraftBatch:
 
     samples: tuple[int, ...]
     """Numbers of the samples in their store, in the order of the documents."""
+    ids: tuple[str, ...]
+    """Their ids, for messages."""
     documents: Documents
     input_ids: torch.Tensor
     loss_mask: torch.Tensor
@@ -28,13 +30,18 @@ class DraftBatch:
     logsumexp: torch.Tensor
 
     @classmethod
-    def pack(cls, samples: Sequence[int], features: Sequence[SampleFeatures]) -> "DraftBatch":
+    def read(cls, store: LocalFeatureStore, samples: Sequence[int]) -> "DraftBatch":
+        """The samples of these numbers."""
+        return cls.pack(samples, [store.read(number) for number in samples], [store.ids[number] for number in samples])
+
+    @classmethod
+    def pack(cls, samples: Sequence[int], features: Sequence[SampleFeatures], ids: Sequence[str] = ()) -> "DraftBatch":
         def joined(name: str) -> torch.Tensor:
             return torch.cat([getattr(sample, name) for sample in features])
 
         documents = Documents(tuple(len(sample.input_ids) for sample in features))
         return cls(
-            tuple(samples), documents, joined("input_ids"), joined("loss_mask").bool(),
+            tuple(samples), tuple(ids), documents, joined("input_ids"), joined("loss_mask").bool(),
             joined("aux"), joined("last"), joined("argmax"), joined("logsumexp"),
         )  # fmt: skip
 
@@ -46,7 +53,7 @@ class DraftBatch:
             return torch.zeros((3, *tensor.shape[1:]), dtype=tensor.dtype)
 
         return cls(
-            (), Documents((3,)), zeros(sample.input_ids), zeros(sample.loss_mask).bool(),
+            (), (), Documents((3,)), zeros(sample.input_ids), zeros(sample.loss_mask).bool(),
             zeros(sample.aux), zeros(sample.last), zeros(sample.argmax), zeros(sample.logsumexp),
         )  # fmt: skip
 

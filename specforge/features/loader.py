@@ -56,9 +56,6 @@ class FeatureDataLoader:
         """Continue after the first `samples` samples of the global order."""
         self.position = samples
 
-    def ids(self, samples: Sequence[int]) -> list[str]:
-        return [self._store.ids[index] for index in samples]
-
     def __iter__(self) -> Iterator[Window]:
         with ThreadPoolExecutor(1, "feature-reader") as reader:
             ahead = self._submit(reader, self.position)
@@ -80,7 +77,7 @@ class FeatureDataLoader:
         for places in mine:
             chosen = [samples[place] for place in places]
             if chosen:
-                batches.append(DraftBatch.pack(chosen, [self._store.read(index) for index in chosen]))
+                batches.append(DraftBatch.read(self._store, chosen))
             else:
                 batches.append(DraftBatch.empty_like(self._store.read(0)))
         return Window(count, tuple(batches))

@@ -246,13 +246,13 @@ class LocalFeatureStore:
             counts += np.bincount(supervised.numpy(), minlength=vocab_size)
         return counts
 
-    def verify(self) -> None:
-        """Read every file and compare it with its checksum.
+    def verify(self, fingerprints: files.Fingerprints | None = None) -> None:
+        """Compare every file with its checksum; with `fingerprints`, only those that changed since they were last read.
 
         Raises:
             FeatureError: naming the file that is missing, truncated or altered.
         """
-        files.verify(self.folder, FeatureError)
+        files.verify(self.folder, FeatureError, fingerprints=fingerprints)
 
     def expect(self, **wanted: Any) -> None:
         """Refuse features of another kind, with the difference: `expect(target_fingerprint=..., aux_layer_ids=...)`.

@@ -6,13 +6,14 @@ at every step. At world size 1 nothing is sharded.
 """
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.func import functional_call
 
 from specforge.config.schema import TrainConfig
 from specforge.distributed import World
@@ -40,14 +41,11 @@ class FSDPTrainingBackend:
             self.optimizer.state[parameter] = {"step": torch.zeros(()), **moments}
 
     def __call__(self, *args: Any) -> Any:
-        """The method's forward in the run's precision."""
-        with self._autocast():
-            return self.method(*args)
-
-    def _autocast(self) -> AbstractContextManager[Any]:
+        """The method's forward in the run's precision; at world size 1 on a cast of the parameters, as FSDP does it for more."""
         if self.world.size > 1 or self._compute_dtype == torch.float32:
-            return nullcontext()
-        return torch.autocast(self.world.device.type, self._compute_dtype)
+            return self.method(*args)
+        cast = {name: parameter.to(self._compute_dtype) for name, parameter in self.method.named_parameters()}
+        return functional_call(self.method, cast, args)
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:

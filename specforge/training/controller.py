@@ -2,10 +2,10 @@
 
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
@@ -13,7 +13,7 @@ from specforge import files
 from specforge.config.schema import TrainConfig
 from specforge.distributed import World
 from specforge.errors import ConfigError, NonFiniteError, SpecForgeError
-from specforge.features.loader import FeatureDataLoader, Window
+from specforge.features.loader import Window
 from specforge.log.progress import progress
 from specforge.log.run_log import RunLog
 from specforge.methods.base import Method
@@ -23,6 +23,13 @@ from specforge.training.schedule import learning_rate
 from specforge.training.state import TrainState
 
 NON_FINITE_MARKER = "non_finite.json"
+
+
+@runtime_checkable
+class Seekable(Protocol):
+    """Data that goes to a position of the global sample order without reading."""
+
+    def seek(self, samples: int) -> None: ...
 
 
 @dataclass
@@ -52,7 +59,7 @@ class TrainerController:
         total_steps: int,
         method: Method,
         backend: FSDPTrainingBackend,
-        data: FeatureDataLoader,
+        data: Iterable[Window],
         checkpoints: CheckpointManager,
         log: RunLog,
         world: World,
@@ -111,10 +118,18 @@ class TrainerController:
                     self._save()
                 self._asked_s = time.perf_counter()
 
-    def _windows(self) -> Iterable[Window]:
-        self.data.seek(self.state.samples_seen)
+    def _windows(self) -> Iterator[Window]:
+        """The windows after those that were trained on; data that cannot seek is advanced."""
+        skipped = self.state.samples_seen
+        if isinstance(self.data, Seekable):
+            self.data.seek(self.state.samples_seen)
+            skipped = 0
         self._asked_s = time.perf_counter()
-        return self.data
+        for window in self.data:
+            if skipped > 0:
+                skipped -= window.samples
+            else:
+                yield window
 
     def _due(self, every: int) -> bool:
         return every > 0 and self.state.step % every == 0
@@ -155,12 +170,11 @@ class TrainerController:
         return numbers
 
     def _stop_for_non_finite(self, window: Window, losses: list[torch.Tensor]) -> None:
-        bad = [batch.samples for batch, loss in zip(window.batches, losses, strict=True) if not loss.isfinite()]
-        mine = self.data.ids([sample for samples in bad for sample in samples])
-        everyone = [sample_id for ids in self.world.gather_objects(mine) for sample_id in ids]
-        if not everyone:
-            here = self.data.ids([sample for batch in window.batches for sample in batch.samples])
-            everyone = [sample_id for ids in self.world.gather_objects(here) for sample_id in ids]
+        suspects = [batch for batch, loss in zip(window.batches, losses, strict=True) if not loss.isfinite()]
+        named = self.world.gather_objects([sample_id for batch in suspects for sample_id in batch.ids])
+        if not any(named):
+            named = self.world.gather_objects([sample_id for batch in window.batches for sample_id in batch.ids])
+        everyone = [sample_id for ids in named for sample_id in ids]
         step = self.state.step + 1
         if self.world.is_main:
             files.write_json(self.log.folder / NON_FINITE_MARKER, {"step": step, "sample_ids": everyone})

@@ -151,8 +151,12 @@ def test_features_of_other_layers_and_damaged_shards_are_refused(
     message = fails([*base, "model.aux_layer_ids=[1,2]"], 4, capsys)
     assert "aux_layer_ids" in message
     shard = next(features.glob("*.safetensors"))
-    shard.write_bytes(shard.read_bytes()[:-7])
-    assert shard.name in fails(base, 4, capsys)
+    content = bytearray(shard.read_bytes())
+    content[-3] ^= 1
+    shard.write_bytes(content)
+    assert shard.name in fails(base, 4, capsys), "one flipped bit"
+    shard.write_bytes(content[:-7])
+    assert shard.name in fails(base, 4, capsys), "truncated"
 
 
 def test_a_tokenizer_without_chat_template(prepared: tuple[Path, list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -169,6 +173,25 @@ def test_a_tokenizer_without_chat_template(prepared: tuple[Path, list[str]], tmp
     ]
     message = fails([*words, f"data.eval_path={rows}"], 3, capsys)
     assert "data.chat_template" in message
+
+
+def test_wandb_offline_keeps_its_id_over_a_resume(prepared: tuple[Path, list[str]], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    for steps, more in ((1, []), (2, [f"train.resume_from={run / 'latest'}", "train.allow_config_change=true"])):
+        train(World(), config_of(prepared, run, f"train.steps={steps}", "log.wandb=offline", *more))
+    sessions = [path.name for path in (run / "wandb").glob("offline-run-*")]
+    assert len(sessions) == 2
+    assert len({name.split("-", 3)[-1] for name in sessions}) == 1, "one id"
+
+
+def test_excluded_samples_are_never_trained_on(prepared: tuple[Path, list[str]], tmp_path: Path) -> None:
+    config = config_of(prepared, tmp_path / "run", "train.epochs=1", "data.exclude_ids=[r0,r5]")
+    controller = build_controller(config, World())
+    seen = [sample_id for window in controller.data for batch in window.batches for sample_id in batch.ids]
+    controller.checkpoints.release()
+    controller.log.close()
+    assert len(seen) == 22
+    assert not {"r0", "r5"} & set(seen)
 
 
 def test_show_marks_the_answer(prepared: tuple[Path, list[str]], capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,6 +1,7 @@
 """Resumed = uninterrupted, bit by bit, from `latest` and from `best`; what a run folder holds; what is refused."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -84,8 +85,6 @@ def run(world: World, folder: Path, *args: Any) -> dict[str, torch.Tensor]:
 
 def truncate_after(folder: Path, step: int) -> None:
     """As if the run had been killed after `step` was saved."""
-    import shutil
-
     for checkpoint in find_checkpoints(folder):
         if checkpoint.step > step:
             shutil.rmtree(checkpoint.path)
@@ -119,8 +118,6 @@ def test_best_and_latest_are_what_the_scores_say(uninterrupted: Any) -> None:
 
 @pytest.mark.parametrize("where", ["latest", "best"])
 def test_resumed_equals_uninterrupted(where: str, uninterrupted: Any, tmp_path: Path, target_path: Path, store: LocalFeatureStore) -> None:
-    import shutil
-
     world, folder, expected = uninterrupted
     moved = tmp_path / "moved"
     shutil.copytree(folder, moved, symlinks=True)
@@ -131,8 +128,6 @@ def test_resumed_equals_uninterrupted(where: str, uninterrupted: Any, tmp_path: 
 
 def test_another_data_position_is_noticed(uninterrupted: Any, tmp_path: Path, target_path: Path, store: LocalFeatureStore) -> None:
     """Negative control: one sample off and the bits differ."""
-    import shutil
-
     world, folder, expected = uninterrupted
     moved = tmp_path / "moved"
     shutil.copytree(folder, moved, symlinks=True)
@@ -143,8 +138,6 @@ def test_another_data_position_is_noticed(uninterrupted: Any, tmp_path: Path, ta
 def test_resuming_the_best_leaves_everything_in_place(
     uninterrupted: Any, tmp_path: Path, target_path: Path, store: LocalFeatureStore
 ) -> None:
-    import shutil
-
     world, folder, _ = uninterrupted
     moved = tmp_path / "moved"
     shutil.copytree(folder, moved, symlinks=True)
@@ -157,8 +150,6 @@ def test_resuming_the_best_leaves_everything_in_place(
 
 
 def test_without_links_best_and_latest_still_resolve(uninterrupted: Any, tmp_path: Path) -> None:
-    import shutil
-
     _, folder, _ = uninterrupted
     moved = tmp_path / "moved"
     shutil.copytree(folder, moved, symlinks=True)
@@ -176,6 +167,43 @@ def test_a_restart_remembers_the_best(uninterrupted: Any) -> None:
     assert not again.is_best({"eval/acc_len": 3.0}), "strictly better only"
     assert not again.is_best({"eval/acc_len": float("nan")})
     assert again.is_best({"eval/acc_len": 3.1})
+
+
+class WithoutSeek:
+    """Windows from the beginning only."""
+
+    def __init__(self, data: Any) -> None:
+        self._data = data
+
+    def __iter__(self) -> Any:
+        return iter(self._data)
+
+
+def test_data_without_seek_is_advanced(uninterrupted: Any, tmp_path: Path, target_path: Path, store: LocalFeatureStore) -> None:
+    world, folder, expected = uninterrupted
+    if world == 2:
+        pytest.skip("one world size tells it")
+    moved = tmp_path / "moved"
+    shutil.copytree(folder, moved, symlinks=True)
+    truncate_after(moved, 4)
+
+    def advance(world: World) -> dict[str, torch.Tensor]:
+        controller = controller_for(world, moved, target_path, store.folder, "latest")
+        controller.data = WithoutSeek(controller.data)
+        controller.fit()
+        return fingerprint(controller)
+
+    assert same(run_ranks(advance, world=1), expected)
+
+
+def test_only_one_run_writes_into_a_folder(tmp_path: Path) -> None:
+    first, second = (CheckpointManager(tmp_path, World(), keep=1) for _ in range(2))
+    first.claim()
+    with pytest.raises(CheckpointError, match="another run writes here"):
+        second.claim(patience_s=0.2)
+    first.release()
+    second.claim(patience_s=0.2)
+    second.release()
 
 
 def test_rotation_keeps_the_newest_and_the_best(tmp_path: Path, target_path: Path, store: LocalFeatureStore) -> None:
@@ -197,8 +225,6 @@ def test_an_unusable_metric_stops_before_the_first_step(tmp_path: Path, target_p
 def test_a_damaged_checkpoint_is_refused(
     damage: str, uninterrupted: Any, tmp_path: Path, target_path: Path, store: LocalFeatureStore
 ) -> None:
-    import shutil
-
     _, folder, _ = uninterrupted
     moved = tmp_path / "moved"
     shutil.copytree(folder, moved, symlinks=True)

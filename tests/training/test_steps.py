@@ -1,5 +1,6 @@
 """Step parity: the split over ranks, micro-batches and meshes does not change what is learned; collectives are counted."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from torch.distributed.tensor import DTensor
 
 from specforge.config.schema import TrainConfig
 from specforge.distributed import World
-from specforge.errors import SpecForgeError
+from specforge.errors import DataError, SpecForgeError
 from specforge.features.loader import FeatureDataLoader
 from specforge.features.store import LocalFeatureStore
 from specforge.training.backend import FSDPTrainingBackend
@@ -137,3 +138,62 @@ def test_world_one_accumulates_without_reduction(target_path: Path, store: Local
     assert_equal(one, large)
     start = dict(make_method(target_path, store, layers=2).named_parameters())
     assert all(not torch.equal(one[name], start[name]) for name in one)
+
+
+def first_step_in(precision: str, world: World, target_path: Path, folder: Path) -> tuple[set[torch.dtype], set[torch.dtype], float]:
+    """Data types that are stored and computed in, and the loss sum of the first window, all after one optimiser step."""
+    store = LocalFeatureStore(folder)
+    method = make_method(target_path, store)
+    config = TrainConfig(precision=precision)
+    backend = FSDPTrainingBackend(method, config, world)
+    computed: set[torch.dtype] = set()
+    method.draft.layers[0].o_proj.register_forward_hook(lambda module, args, output: computed.add(output.dtype))
+    window = next(iter(FeatureDataLoader(store, 0, 8, 64, 8, world)))
+    loss = torch.zeros(())
+    for index, batch in enumerate(window.batches):
+        output = backend(batch, method.plan(batch))
+        backend.backward(output.loss_sum, 50.0, boundary=index == len(window.batches) - 1)
+        loss += output.loss_sum.detach()
+    backend.clip()
+    backend.step(config.learning_rate)
+    stored = {t.dtype for t in [*backend.trainable.values(), *backend.optimizer_state().values()]}
+    return stored, computed, world.sum_(loss).item()
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_bf16_computes_in_bf16_and_keeps_fp32(world: int, target_path: Path, store: LocalFeatureStore) -> None:
+    _, plainly_computed, plain_loss = first_step_in("float32", World(), target_path, store.folder)
+    assert plainly_computed == {torch.float32}
+    step = partial(first_step_in, "bfloat16")
+    for stored, computed, loss in run_ranks(step, target_path, store.folder, world=world):
+        assert stored == {torch.float32}
+        assert computed == {torch.bfloat16}
+        assert loss == pytest.approx(plain_loss, rel=1e-2)
+        assert loss != plain_loss
+
+
+def test_fewer_samples_than_ranks_is_refused(tmp_path: Path, target_path: Path) -> None:
+    small = make_store(tmp_path / "store", target_path, make_samples([9]))
+    with pytest.raises(DataError, match="1 training samples for 2 ranks"):
+        FeatureDataLoader(small, 0, 4, 64, 4, World(rank=0, size=2))
+
+
+def test_seek_reads_nothing_and_continues_the_order(store: LocalFeatureStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The windows after a seek are those of the uninterrupted order, the last one smaller; before them no feature is read."""
+    read: list[int] = []
+    original = LocalFeatureStore.read
+
+    def recording(self: LocalFeatureStore, number: int) -> Any:
+        read.append(number)
+        return original(self, number)
+
+    monkeypatch.setattr(LocalFeatureStore, "read", recording)
+    whole = [(w.samples, sorted(s for b in w.batches for s in b.samples)) for w in FeatureDataLoader(store, 0, 4, 64, 23, World())]
+    assert [count for count, _ in whole] == [4, 4, 4, 4, 4, 3]
+    read.clear()
+    data = FeatureDataLoader(store, 0, 4, 64, 23, World())
+    data.seek(16)
+    assert read == []
+    rest = [(w.samples, sorted(s for b in w.batches for s in b.samples)) for w in data]
+    assert rest == whole[4:]
+    assert len(read) == 7
