@@ -15,6 +15,7 @@ import random
 import time
 import warnings
 from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,11 @@ ROW_TOKENS = 256
 BATCH_ROWS = 16
 MICRO_ROWS = 8  # more rows at once and the logits leave the processor's cache
 SEED = 0
+SECOND_STAGE = 0.55
+"""From this share of the budget on, most rows are conversations and these are kept from repeating themselves."""
+REPEAT_WINDOW = 32
+REPEAT_WEIGHT = 0.3
+STARTED = time.time()
 
 
 def train_tokenizer(texts: Iterator[str]) -> PreTrainedTokenizerFast:
@@ -136,63 +142,114 @@ def rate_at(share: float) -> float:
 
 def chat_share_at(share: float) -> float:
     """Share of a batch's rows that are conversations."""
-    return 0.2 if share < 0.6 else 0.45
+    return 0.2 if share < SECOND_STAGE else 0.6
+
+
+def losses(logits_BTV: torch.Tensor, ids_BT: torch.Tensor, next_BT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cross-entropy, and unlikelihood of what was just said: [B] each, means over the tokens.
+
+    A small model's greedy answers go in circles; making tokens of the last REPEAT_WINDOW less likely, unless they come
+    next, is the cure of Welleck et al. (arXiv 1908.04319, token-level unlikelihood).
+    """
+    normaliser_BT = logits_BTV.logsumexp(-1)
+    likelihood_BT = logits_BTV.gather(-1, next_BT[:, :, None])[:, :, 0] - normaliser_BT
+    length = ids_BT.shape[1]
+    said_BTT = ids_BT[:, None, :].expand(-1, length, -1)
+    age_TT = torch.arange(length)[:, None] - torch.arange(length)
+    counts_BTT = (age_TT >= 0) & (age_TT < REPEAT_WINDOW) & (said_BTT != next_BT[:, :, None])
+    repeated_BTT = (logits_BTV.gather(-1, said_BTT) - normaliser_BT[:, :, None]).exp().clamp(max=0.999)
+    unlikelihood_BT = -(torch.log1p(-repeated_BTT) * counts_BTT).sum(-1)
+    return -likelihood_BT.mean(1), unlikelihood_BT.mean(1)
+
+
+@dataclass
+class Progress:
+    """How far a training is; kept beside the snapshot, from which a stopped training goes on."""
+
+    steps: int = 0
+    spent_s: float = 0.0
+    loss_nats: float = math.nan
+
+    @property
+    def tokens(self) -> int:
+        return self.steps * BATCH_ROWS * ROW_TOKENS
 
 
 def train(out: Path, minutes: float) -> None:
+    """Train for so many minutes in all, from the snapshot in `out` if there is one (moments start anew)."""
     out.mkdir(parents=True, exist_ok=True)
-    began = time.time()
-    tokenizer = train_tokenizer(document.text for document in documents("train")[::4])
-    tokenizer.save_pretrained(out)
-    if (out / "streams.npz").is_file():
-        stored = np.load(out / "streams.npz")
-        sources, chats = stored["sources"], stored["chats"]
+    snapshot, progress = out / "snapshot", Progress()
+    if (snapshot / "progress.json").is_file():
+        progress = Progress(**json.loads((snapshot / "progress.json").read_text()))
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(snapshot)
+        model = LlamaForCausalLM.from_pretrained(snapshot, dtype=torch.float32, local_files_only=True)
     else:
-        sources, chats = streams(tokenizer)
-        np.savez(out / "streams.npz", sources=sources, chats=chats)
-    print(f"{time.time() - began:.0f} s: {len(sources)} source tokens, {len(chats)} conversation tokens", flush=True)
-    model, batches = new_model(tokenizer), (Rows(sources, SEED), Rows(chats, SEED + 1))
-    chosen = optimizers(model)
+        tokenizer = train_tokenizer(document.text for document in documents("train")[::4])
+        model = new_model(tokenizer)
+    batches = [Rows(stream, SEED + 2 * progress.steps + i) for i, stream in enumerate(stored_streams(out, tokenizer))]
+    chosen, began_at = optimizers(model), progress.steps
     base = [group["lr"] for optimizer in chosen for group in optimizer.param_groups]
-    rng, step, spent_s, loss_mean, saved_s, marked = random.Random(SEED), 0, 0.0, math.nan, 0.0, time.time()
-    while spent_s < minutes * 60:
-        share = spent_s / (minutes * 60)
+    rng, saved_s, marked = random.Random(SEED + progress.steps), progress.spent_s, time.time()
+    while progress.spent_s < minutes * 60:
+        share = progress.spent_s / (minutes * 60)
         num_chats = sum(rng.random() < chat_share_at(share) for _ in range(BATCH_ROWS))
-        rows = (
-            np.concatenate([batches[0].take(BATCH_ROWS - num_chats), batches[1].take(num_chats)])
-            if num_chats
-            else batches[0].take(BATCH_ROWS)
-        )
-        loss = torch.zeros(())
-        for ids_BT in torch.from_numpy(rows).split(MICRO_ROWS):
-            logits_BTV = model(input_ids=ids_BT[:, :-1], use_cache=False).logits
-            part = F.cross_entropy(logits_BTV.flatten(0, 1), ids_BT[:, 1:].flatten()) * len(ids_BT) / BATCH_ROWS
-            part.backward()
-            loss += part.detach()
+        loss = backward(model, batches, num_chats, REPEAT_WEIGHT if share >= SECOND_STAGE else 0.0)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        groups = [group for optimizer in chosen for group in optimizer.param_groups]
-        for group, rate in zip(groups, base, strict=True):
-            group["lr"] = rate * rate_at(share)
+        for group, rate in zip([group for optimizer in chosen for group in optimizer.param_groups], base, strict=True):
+            group["lr"] = rate * rate_at(share) * min(1.0, (progress.steps - began_at + 1) / 20)
         for optimizer in chosen:
             optimizer.step()
             optimizer.zero_grad()
-        step += 1
-        spent_s, marked = spent_s + time.time() - marked, time.time()
-        loss_mean = loss.item() if math.isnan(loss_mean) else 0.98 * loss_mean + 0.02 * loss.item()
-        if step % 50 == 0:
-            tokens = step * BATCH_ROWS * ROW_TOKENS
-            print(f"step {step} loss {loss_mean:.4f} {tokens / spent_s:.0f} tokens/s spent {spent_s / 60:.1f} min", flush=True)
-        if spent_s - saved_s > 600:
-            saved_s = spent_s
-            save(model, tokenizer, out / "snapshot")
+        progress.steps += 1
+        progress.spent_s, marked = progress.spent_s + time.time() - marked, time.time()
+        progress.loss_nats = loss if math.isnan(progress.loss_nats) else 0.98 * progress.loss_nats + 0.02 * loss
+        if progress.steps % 50 == 0:
+            rate_per_s = (progress.steps - began_at) * BATCH_ROWS * ROW_TOKENS / max(time.time() - STARTED, 1.0)
+            print(
+                f"step {progress.steps} loss {progress.loss_nats:.4f} {rate_per_s:.0f} tokens/s {progress.spent_s / 60:.1f} min", flush=True
+            )
+        if progress.spent_s - saved_s > 600:
+            saved_s = progress.spent_s
+            save(model, tokenizer, snapshot)
+            (snapshot / "progress.json").write_text(json.dumps(asdict(progress)))
     save(model, tokenizer, out)
     facts = {
-        "command": f"python -m specforge.demo.target_recipe --minutes {minutes:g}", "corpus_sha256": digest(), "seed": SEED, "steps": step,
-        "tokens": step * BATCH_ROWS * ROW_TOKENS, "source_epochs": batches[0].epochs, "conversation_epochs": batches[1].epochs,
-        "minutes": round(spent_s / 60, 1), "threads": torch.get_num_threads(), "train_loss_nats": round(loss_mean, 4),
-        "torch": torch.__version__, "date": time.strftime("%Y-%m-%d"),
+        "command": f"python -m specforge.demo.target_recipe --minutes {minutes:g}", "corpus_sha256": digest(), "seed": SEED,
+        "steps": progress.steps, "tokens": progress.tokens, "minutes": round(progress.spent_s / 60, 1),
+        "threads": torch.get_num_threads(), "train_loss_nats": round(progress.loss_nats, 4), "torch": torch.__version__,
+        "date": time.strftime("%Y-%m-%d"),
     }  # fmt: skip
     (out / "provenance.json").write_text(json.dumps(facts, indent=1) + "\n")
+
+
+def stored_streams(out: Path, tokenizer: PreTrainedTokenizerFast) -> tuple[np.ndarray, np.ndarray]:
+    """The token streams, kept in `out`, since making them takes minutes."""
+    path = out / "streams.npz"
+    if not path.is_file():
+        sources, chats = streams(tokenizer)
+        np.savez(path, sources=sources, chats=chats)
+    stored = np.load(path)
+    print(f"{len(stored['sources'])} source tokens, {len(stored['chats'])} conversation tokens", flush=True)
+    return stored["sources"], stored["chats"]
+
+
+def backward(model: LlamaForCausalLM, batches: list[Rows], num_chats: int, repeat_weight: float) -> float:
+    """Gradients of one batch, conversations last; returns its cross-entropy in nats a token."""
+    kinds = [batch.take(count) for batch, count in zip(batches, (BATCH_ROWS - num_chats, num_chats), strict=True) if count]
+    rows_BT = torch.from_numpy(np.concatenate(kinds))
+    is_chat_B = torch.arange(BATCH_ROWS) >= BATCH_ROWS - num_chats
+    total = 0.0
+    for ids_BT, chat_B in zip(rows_BT.split(MICRO_ROWS), is_chat_B.split(MICRO_ROWS), strict=True):
+        logits_BTV = model(input_ids=ids_BT[:, :-1], use_cache=False).logits
+        if repeat_weight and chat_B.any():
+            entropy_B, unlikelihood_B = losses(logits_BTV, ids_BT[:, :-1], ids_BT[:, 1:])
+            loss = (entropy_B.sum() + repeat_weight * (unlikelihood_B * chat_B).sum()) / BATCH_ROWS
+            total += entropy_B.detach().sum().item() / BATCH_ROWS
+        else:
+            loss = F.cross_entropy(logits_BTV.flatten(0, 1), ids_BT[:, 1:].flatten()) * len(ids_BT) / BATCH_ROWS
+            total += loss.item()
+        loss.backward()
+    return total
 
 
 def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:

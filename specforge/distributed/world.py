@@ -89,7 +89,7 @@ class World:
         result = self.from_main(result)
         if isinstance(result, SpecForgeError | OSError):
             raise result
-        return result  # type: ignore[return-value]
+        return result
 
     def from_main(self, value: Any) -> Any:
         """Rank 0's value on every rank."""

@@ -6,7 +6,6 @@ token t+2 (arXiv 2503.01840). A later step of training-time test feeds the row's
 Shapes: T packed tokens, R rows of a step, H hidden, A captured layers, h query heads, g key heads, D head width.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -111,13 +110,6 @@ class Eagle3Layer(nn.Module):
         return hidden_RH + self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
-class LayerList(nn.ModuleList):
-    """A ModuleList that knows what it holds."""
-
-    def __iter__(self) -> Iterator[Eagle3Layer]:  # type: ignore[override]
-        return super().__iter__()
-
-
 class Eagle3Draft(nn.Module):
     """The trained network. `d2t` and `t2d` are part of its state, so the vocabulary can never be rebuilt differently."""
 
@@ -132,12 +124,16 @@ class Eagle3Draft(nn.Module):
         self.fc_norm = nn.ModuleList(nn.RMSNorm(config.target_hidden_size, eps) for _ in config.aux_layer_ids) if config.fc_norm else None
         self.input_norm = nn.RMSNorm(fused, eps) if config.norm_before_fc else None
         self.fc = nn.Linear(fused, config.hidden_size, bias=False)
-        self.layers = LayerList(Eagle3Layer(config, first=i == 0) for i in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(Eagle3Layer(config, first=i == 0) for i in range(config.num_hidden_layers))
         self.norm = nn.RMSNorm(config.hidden_size, eps)
         self.lm_head = nn.Linear(config.hidden_size, config.draft_vocab_size, bias=False) if config.head_trained else None
         self.rotary = Rotary(config.head_dim, config.max_position_embeddings, config.rope_parameters)
         self.register_buffer("d2t", torch.from_numpy(np.ascontiguousarray(vocabulary.d2t)))
         self.register_buffer("t2d", torch.from_numpy(np.ascontiguousarray(vocabulary.t2d)))
+
+    @property
+    def stack(self) -> list[Eagle3Layer]:
+        return [layer for layer in self.layers if isinstance(layer, Eagle3Layer)]
 
     def fuse(self, aux_TF: torch.Tensor) -> torch.Tensor:
         """Captured layers [T, A*H], low to high, -> [T, H]."""
@@ -156,7 +152,7 @@ class Eagle3Draft(nn.Module):
         """
         cos_T, sin_T = self.rotary(fused_TH, everywhere.position_R)
         hidden, caches = fused_TH, list[LayerKeys]()
-        for depth, layer in enumerate(self.layers):
+        for depth, layer in enumerate(self.stack):
             x_TX = layer.attention_input(hidden, embedded_TH)
             caches.append(LayerKeys(*layer.keys_and_values(x_TX, cos_T, sin_T)))
             last = depth == len(self.layers) - 1
@@ -172,7 +168,7 @@ class Eagle3Draft(nn.Module):
         """A later step: the rows' own outputs go in as features; each layer gains one key per row."""
         cos_R, sin_R = self.rotary(hidden_RH, rows.position_R)
         hidden = self.norm(hidden_RH) if self.config.norm_output else hidden_RH
-        for layer, keys in zip(self.layers, caches, strict=True):
+        for layer, keys in zip(self.stack, caches, strict=True):
             if rows.keep is not None:
                 keys.keep(rows.keep)
             x_RX = layer.attention_input(hidden, embedded_RH)
