@@ -25,8 +25,8 @@ from specforge.config.load import dump_config
 from specforge.errors import SpecForgeError
 from specforge.log.run_log import read_metrics
 
-TRAIN_PROMPTS, HELDOUT_PROMPTS, ANSWER_TOKENS = 1600, 240, 64
-STEPS, EVERY, KILL_AFTER = 160, 40, 90
+TRAIN_PROMPTS, HELDOUT_PROMPTS, ANSWER_TOKENS = 2400, 260, 64
+STEPS, EVERY, KILL_AFTER = 480, 80, 200
 _CALM = {
     "OMP_WAIT_POLICY": "PASSIVE",
     "MALLOC_MMAP_THRESHOLD_": str(2**32),
@@ -87,12 +87,27 @@ class Story:
             shutil.rmtree(self.out)
         self.out.mkdir(parents=True)
         settings = {
-            "output_dir": self.run_folder, "run_id": "demo", "model.target_path": self.target, "method.name": "eagle3",
-            "method.options.draft_tokens": 4, "method.options.draft_vocab_size": 2048, "data.max_length": 256,
-            "data.train_path": self.out / "train.jsonl", "data.eval_path": self.out / "heldout.jsonl",
-            "train.steps": STEPS, "train.batch_samples": 16, "train.micro_batch_tokens": 2048, "train.learning_rate": 1e-3,
-            "train.warmup_steps": 10, "train.eval_every": EVERY, "train.save_every": EVERY, "train.log_every": 10, "checkpoint.keep": 2,
-        }  # fmt: skip
+            "output_dir": self.run_folder,
+            "run_id": "demo",
+            "model.target_path": self.target,
+            "method.name": "eagle3",
+            "method.options.draft_tokens": 4,
+            "method.options.draft_vocab_size": 2048,
+            "method.options.fc_norm": True,
+            "method.options.norm_output": True,
+            "data.train_path": self.out / "train.jsonl",
+            "data.eval_path": self.out / "heldout.jsonl",
+            "data.max_length": 256,
+            "train.steps": STEPS,
+            "train.batch_samples": 16,
+            "train.micro_batch_tokens": 2048,
+            "train.learning_rate": 4e-3,
+            "train.warmup_steps": 20,
+            "train.eval_every": EVERY,
+            "train.save_every": EVERY,
+            "train.log_every": 20,
+            "checkpoint.keep": 2,
+        }
         config = load_config(None, [f"{key}={value}" for key, value in settings.items()])
         self.config_path.write_text(dump_config(config))
 
