@@ -115,6 +115,7 @@ def acceptance(counts: np.ndarray, columns: Columns) -> dict[str, Any]:
     accuracy_K = counts[columns.correct] / np.maximum(counts[columns.exist], 1)
     survival_K = counts[columns.joint] / max(counts[columns.starts], 1)
     numbers: dict[str, Any] = {
+        "starts": int(counts[columns.starts]),
         "avg_acc": float(accuracy_K[0]),
         "per_position_acc": accuracy_K.tolist(),
         "survival": survival_K.tolist(),

@@ -8,6 +8,7 @@ import torch
 
 from specforge.config.schema import TrainConfig
 from specforge.distributed import World
+from specforge.eval.acceptance import answers
 from specforge.eval.evaluator import Evaluator
 from specforge.features.store import LocalFeatureStore
 from specforge.training.backend import FSDPTrainingBackend
@@ -71,6 +72,13 @@ def test_another_draft_gives_other_numbers(target_path: Path, store: LocalFeatur
         numbers = evaluator.evaluate(method)
     assert numbers["eval/avg_loss"] != pytest.approx(expected["eval/avg_loss"], rel=1e-3)
     assert numbers["eval/per_position_acc"] != expected["eval/per_position_acc"]
+
+
+def test_every_start_counts_once(target_path: Path, store: LocalFeatureStore) -> None:
+    """A run of n supervised tokens has n - 1 starts."""
+    runs = [last - first for i in range(len(store)) for first, last in answers(store.tokens(i)[1].numpy())]
+    for world in (1, 2):
+        assert {n["eval/starts"] for n in run_ranks(evaluate, target_path, store.folder, 60, world=world)} == {sum(runs)}
 
 
 def test_fewer_drafts_are_a_prefix_of_more(target_path: Path, store: LocalFeatureStore) -> None:

@@ -1,11 +1,13 @@
 """Resumed = uninterrupted, bit by bit, from `latest` and from `best`; what a run folder holds; what is refused."""
 
 import json
+import random
 import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.distributed.tensor import DTensor
@@ -39,6 +41,17 @@ def store(tmp_path_factory: pytest.TempPathFactory, target_path: Path) -> LocalF
     return make_store(tmp_path_factory.mktemp("features") / "store", target_path, make_samples([40, 9, 21, 5, 17, 12, 30, 6, 25, 11]))
 
 
+def draws() -> torch.Tensor:
+    """One number of each generator that a checkpoint restores."""
+    return torch.cat([torch.rand(1), torch.tensor([random.random(), np.random.rand()])])
+
+
+def drawing_scores(step: int) -> dict[str, float]:
+    """Uses up random numbers as a method may, so that a resumed run without its generators would differ."""
+    draws()
+    return {"eval/acc_len": SCORES[step]}
+
+
 def controller_for(
     world: World,
     run: Path,
@@ -64,7 +77,7 @@ def controller_for(
         config=config, total_steps=STEPS, method=method, backend=backend,
         data=FeatureDataLoader(store, 0, BATCH, config.micro_batch_tokens, STEPS * BATCH, world),
         checkpoints=checkpoints, log=RunLog(run, world), world=world, state=state, settings={},
-        evaluate=lambda: {"eval/acc_len": SCORES[box[0].state.step]},
+        evaluate=lambda: drawing_scores(box[0].state.step),
     )  # fmt: skip
     box.append(controller)
     return controller
@@ -74,7 +87,7 @@ def fingerprint(controller: TrainerController) -> dict[str, torch.Tensor]:
     """This rank's shard of every parameter and moment, and what its generators draw next."""
     state = {**controller.backend.draft_state(), **controller.backend.optimizer_state()}
     local = {name: (t.to_local() if isinstance(t, DTensor) else t).detach().clone() for name, t in state.items()}
-    return {**local, "random": torch.rand(4)}
+    return {**local, "random": draws()}
 
 
 def run(world: World, folder: Path, *args: Any) -> dict[str, torch.Tensor]:

@@ -36,12 +36,16 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def train(world: World, target_path: Path, folder: Path, settings: dict[str, Any], scale: float = 1.0) -> dict[str, torch.Tensor]:
-    """Parameters after a few clipped steps. `scale` is a mutation: it multiplies each rank's loss."""
+    """Parameters after a few clipped steps, and the norms before clipping: AdamW forgives a wrong scale, these do not.
+
+    `scale` is a mutation: it multiplies each rank's loss.
+    """
     store = LocalFeatureStore(folder)
     config = TrainConfig(**{"batch_samples": 4, "learning_rate": 1e-2, "clip_norm": 0.1, "micro_batch_tokens": 64, **settings})
     method = make_method(target_path, store, layers=2)
     backend = FSDPTrainingBackend(method, config, world)
     data = FeatureDataLoader(store, 0, config.batch_samples, config.micro_batch_tokens, STEPS * config.batch_samples, world)
+    norms = []
     for window in data:
         plans = [method.plan(batch) for batch in window.batches]
         weight = float(world.sum_(torch.tensor(sum(plan.weight for plan in plans), dtype=torch.float64)))
@@ -49,9 +53,9 @@ def train(world: World, target_path: Path, folder: Path, settings: dict[str, Any
             output = backend(batch, plan)
             factor = plan.weight / weight * world.size if scale != 1.0 else 1.0
             backend.backward(output.loss_sum / factor if factor else output.loss_sum, weight, boundary=index == len(plans) - 1)
-        backend.clip()
+        norms.append(backend.clip().detach().clone())
         backend.step(config.learning_rate)
-    return {name: whole(p) for name, p in method.named_parameters()}
+    return {**{name: whole(p) for name, p in method.named_parameters()}, "gradient norms": torch.stack(norms)}
 
 
 def assert_equal(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
@@ -137,7 +141,7 @@ def test_world_one_accumulates_without_reduction(target_path: Path, store: Local
     large = train(World(), target_path, store.folder, {"micro_batch_tokens": 400})
     assert_equal(one, large)
     start = dict(make_method(target_path, store, layers=2).named_parameters())
-    assert all(not torch.equal(one[name], start[name]) for name in one)
+    assert all(not torch.equal(one[name], start[name]) for name in start)
 
 
 def first_step_in(precision: str, world: World, target_path: Path, folder: Path) -> tuple[set[torch.dtype], set[torch.dtype], float]:
