@@ -1,7 +1,5 @@
 """`python -m specforge`."""
 
-import sys
+from specforge.cli.__main__ import run_and_exit
 
-from specforge.cli.__main__ import main
-
-sys.exit(main())
+run_and_exit()

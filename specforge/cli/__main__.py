@@ -50,5 +50,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return error.exit_code
 
 
+def run_and_exit() -> None:
+    """The process entry. A rank leaves without Python's finalisation, in which a gloo thread that still lets go of a tensor aborts."""
+    code = main()
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    run_and_exit()

@@ -26,7 +26,7 @@ from specforge.errors import SpecForgeError
 from specforge.log.run_log import read_metrics
 
 TRAIN_PROMPTS, HELDOUT_PROMPTS, ANSWER_TOKENS = 2400, 260, 64
-STEPS, EVERY, KILL_AFTER = 480, 80, 200
+STEPS, EVERY, KILL_AFTER = 600, 100, 240
 _CALM = {
     "OMP_WAIT_POLICY": "PASSIVE",
     "MALLOC_MMAP_THRESHOLD_": str(2**32),
