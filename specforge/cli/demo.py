@@ -28,6 +28,7 @@ from specforge.log.run_log import read_metrics
 TRAIN_PROMPTS, HELDOUT_PROMPTS, ANSWER_TOKENS = 2400, 260, 64
 STEPS, EVERY, KILL_AFTER = 600, 100, 240
 _CALM = {
+    "OMP_NUM_THREADS": "1",
     "OMP_WAIT_POLICY": "PASSIVE",
     "MALLOC_MMAP_THRESHOLD_": str(2**32),
     "MALLOC_TRIM_THRESHOLD_": str(2**34),
@@ -173,8 +174,9 @@ class Story:
         print(loss_curve([(line["step"], line["train/loss"]) for line in lines if "train/loss" in line]))
         for line in lines:
             if "eval/acc_len" in line:
-                lengths = (line.get(f"eval/{name}", float("nan")) for name in ("walk_acc_len", "acc_len", "simulated_acc_len"))
-                print("step {:>4}  walk {:.3f}  acc_len {:.3f}  simulated {:.3f}".format(line["step"], *lengths))
+                names = ("walk_acc_len", "ngram_walk_acc_len", "acc_len", "simulated_acc_len")
+                lengths = (line.get(f"eval/{name}", float("nan")) for name in names)
+                print("step {:>4}  walk {:.3f} (n-gram {:.3f})  acc_len {:.3f}  simulated {:.3f}".format(line["step"], *lengths))
         print()
         print(acceptance_table(numbers))
         loads, forwards, cache_s = (numbers[name] for name in ("target_loads", "target_forwards", "cache_s"))
