@@ -1,9 +1,21 @@
 """What every test shares: one thread, and which tests run when."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 
-torch.set_num_threads(1)
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread_at_first() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """A command under test shares out the cores; the next test must not inherit that, or its sums round differently."""
+    yield
+    torch.set_num_threads(1)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
