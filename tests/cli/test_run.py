@@ -1,12 +1,14 @@
 """A whole run through `build_controller` and the command line: regenerate, train, resume, fork, evaluate."""
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from specforge import files
 from specforge.cli.__main__ import main
 from specforge.cli.compose import build_controller, evaluate_checkpoint
 from specforge.config import RunConfig, load_config
@@ -138,6 +140,25 @@ def test_a_run_is_not_mixed_with_another(prepared: tuple[Path, list[str]], tmp_p
         capsys,
     )
     assert "target_fingerprint" in message
+
+
+def test_a_checkpoint_of_another_method(prepared: tuple[Path, list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, settings = prepared
+    run = tmp_path / "run"
+    base = ["train", folder / "c.yaml", *settings, f"output_dir={run}", "train.steps=1"]
+    assert main([str(word) for word in base]) == 0
+    step = run / "run-step1"
+    state = json.loads((step / "state.json").read_text())
+    state["settings"]["method"]["name"] = "dflash"
+    draft, sealed = tmp_path / "unsealed", tmp_path / "other" / "other-step1"
+    shutil.copytree(step, draft)
+    (draft / "manifest.json").unlink()
+    (draft / "state.json").write_text(json.dumps(state))
+    sealed.parent.mkdir()
+    files.publish(draft, sealed)
+    message = fails([*base[:-2], f"output_dir={tmp_path / 'new'}", f"train.resume_from={sealed}"], 5, capsys)
+    assert "was trained by method 'dflash', this run uses 'eagle3'" in message
+    assert not (tmp_path / "new").exists()
 
 
 def test_features_of_other_layers_and_damaged_shards_are_refused(

@@ -252,6 +252,16 @@ def test_a_damaged_checkpoint_is_refused(
         controller_for(World(), moved, target_path, store.folder, "latest")
 
 
+def test_an_incomplete_checkpoint_is_not_one(uninterrupted: Any, tmp_path: Path) -> None:
+    _, folder, _ = uninterrupted
+    moved = tmp_path / "moved"
+    shutil.copytree(folder, moved, symlinks=True)
+    (moved / "r-step6" / "manifest.json").unlink()
+    for path in (moved / "r-step6", moved / "latest"):
+        with pytest.raises(CheckpointError, match=r"no complete checkpoint.*r-step4"):
+            resolve(path)
+
+
 def poison(world: World, folder: Path, target_path: Path, features: Path) -> str:
     """Rank 1's share of the third window turns into NaN."""
     controller = controller_for(world, folder, target_path, features)
