@@ -1,6 +1,7 @@
 """What every test shares: one thread, and which tests run when."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +17,14 @@ def _one_thread() -> Iterator[None]:
     """A command under test shares out the cores; the next test must not inherit that, or its sums round differently."""
     yield
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def target_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random target on disk."""
+    from tests.tiny import make_target
+
+    return make_target(tmp_path_factory.mktemp("target"))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

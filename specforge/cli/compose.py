@@ -101,7 +101,7 @@ def build_controller(config: RunConfig, world: World) -> TrainerController:
         checkpoints.claim()
         undo.callback(checkpoints.release)
         world.on_main(lambda: _write_config(folder, config))
-        heldout, store = prepare_features(config, world)
+        heldout, store = prepare_features(config, tables, world)
 
         randomness.seed_all(config.seed, world.rank)
         implementation, options = registered(config.method.name).load(), config.method.options

@@ -186,9 +186,9 @@ def eval_store(config: RunConfig, meta: FeatureMeta, target: Callable[[], Target
     return LocalFeatureStore(entry / "store")
 
 
-def prepare_features(config: RunConfig, world: World) -> tuple[LocalFeatureStore, LocalFeatureStore]:
+def prepare_features(config: RunConfig, tables: TargetTables, world: World) -> tuple[LocalFeatureStore, LocalFeatureStore]:
     """Held-out and training features, captured where they are not there yet."""
-    meta, target = feature_meta(config, read_tables(config), world), LazyTarget(config, world)
+    meta, target = feature_meta(config, tables, world), LazyTarget(config, world)
     return eval_store(config, meta, target, world), train_store(config, meta, target, world)
 
 

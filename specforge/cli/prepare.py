@@ -43,7 +43,7 @@ def run(words: Sequence[str]) -> int:
             ended = done.answered - done.unfinished
             line = f"{done.answered} answers in {given.regenerate}, {ended} ended by themselves; {done.too_long} prompts were too long"
         else:
-            heldout, train = inputs.prepare_features(config, world)
+            heldout, train = inputs.prepare_features(config, inputs.read_tables(config), world)
             line = f"features of {len(train)} training samples in {train.folder}, of {len(heldout)} held-out samples in {heldout.folder}"
         if world.is_main:
             print(line)

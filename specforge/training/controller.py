@@ -141,7 +141,7 @@ class TrainerController:
         losses, tallies = [], []
         for index, (batch, plan) in enumerate(zip(window.batches, plans, strict=True)):
             output = self.backend(batch.to(self.world.device), plan)
-            self.backend.backward(output.loss_sum, max(weight, 1.0), boundary=index == len(plans) - 1)
+            self.backend.backward(output.loss_sum, weight or 1.0, boundary=index == len(plans) - 1)
             losses.append(output.loss_sum.detach())
             tallies.append(output.tally)
         norm = self.backend.clip()
@@ -202,7 +202,7 @@ class TrainerController:
         elapsed_s = time.perf_counter() - interval.started_s
         accuracy = (interval.correct_K / interval.count_K.clamp(min=1)).tolist()
         numbers: dict[str, Any] = {
-            "train/loss": interval.loss_sum / max(interval.weight, 1.0),
+            "train/loss": interval.loss_sum / (interval.weight or 1.0),
             "train/accuracy": accuracy,
             "train/learning_rate": learning_rate(self.config, self.state.step - 1, self.total_steps),
             "train/grad_norm": self._norm,

@@ -13,14 +13,9 @@ from specforge.eval.evaluator import Evaluator
 from specforge.features.store import LocalFeatureStore
 from specforge.training.backend import FSDPTrainingBackend
 from tests.ranks import Collectives, run_ranks
-from tests.tiny import make_method, make_samples, make_store, make_target
+from tests.tiny import make_method, make_samples, make_store
 
 K = 3
-
-
-@pytest.fixture(scope="module")
-def target_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_target(tmp_path_factory.mktemp("target"))
 
 
 @pytest.fixture(scope="module")

@@ -3,12 +3,7 @@ from pathlib import Path
 import pytest
 
 from specforge.features.store import LocalFeatureStore
-from tests.tiny import make_samples, make_store, make_target
-
-
-@pytest.fixture(scope="session")
-def target_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_target(tmp_path_factory.mktemp("target"))
+from tests.tiny import make_samples, make_store
 
 
 @pytest.fixture(scope="session")

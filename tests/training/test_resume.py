@@ -23,22 +23,12 @@ from specforge.training.checkpoint import CheckpointManager, find_checkpoints, r
 from specforge.training.controller import TrainerController
 from specforge.training.state import TrainState
 from tests.ranks import run_ranks
-from tests.tiny import make_method, make_samples, make_store, make_target
+from tests.tiny import make_method
 
 STEPS, BATCH = 6, 4
 CONFIG = TrainConfig(batch_samples=BATCH, learning_rate=1e-2, micro_batch_tokens=48, log_every=1, eval_every=1, save_every=2)
 SCORES = [0.0, 1.0, 3.0, 2.0, 2.5, 1.0, 0.5]
 """`eval/acc_len` after each step: step 2 is the best."""
-
-
-@pytest.fixture(scope="module")
-def target_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_target(tmp_path_factory.mktemp("target"))
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory, target_path: Path) -> LocalFeatureStore:
-    return make_store(tmp_path_factory.mktemp("features") / "store", target_path, make_samples([40, 9, 21, 5, 17, 12, 30, 6, 25, 11]))
 
 
 def draws() -> torch.Tensor:

@@ -16,22 +16,11 @@ from specforge.features.loader import FeatureDataLoader
 from specforge.features.store import LocalFeatureStore
 from specforge.training.backend import FSDPTrainingBackend
 from tests.ranks import Collectives, run_ranks
-from tests.tiny import make_method, make_samples, make_store, make_target
+from tests.tiny import make_method, make_samples, make_store
 
 STEPS = 3
 RANKS_PER_NODE = 2
 """Four ranks are two nodes to the hybrid mesh."""
-
-
-@pytest.fixture(scope="module")
-def target_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_target(tmp_path_factory.mktemp("target"))
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory, target_path: Path) -> LocalFeatureStore:
-    """Samples of 5 to 40 tokens with masks of very different weight, so that ranks and micro-batches weigh unequally."""
-    return make_store(tmp_path_factory.mktemp("features") / "store", target_path, make_samples([40, 9, 21, 5, 17, 12, 30, 6, 25, 11]))
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
