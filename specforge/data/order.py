@@ -30,10 +30,6 @@ class SampleOrder:
         start = position - first_epoch * self.num_samples
         return np.concatenate(epochs)[start : start + count]
 
-    def steps_for(self, epochs: int, batch_samples: int) -> int:
-        """Steps of `batch_samples` that cover so many epochs; a last, partial step counts."""
-        return -(-epochs * self.num_samples // batch_samples)
-
     def _epoch(self, epoch: int) -> np.ndarray:
         if epoch not in self._epochs:
             self._epochs[epoch] = _permutation(self.num_samples, self.seed, epoch)

@@ -4,23 +4,13 @@ V is the size of the target's vocabulary, Vd that of the draft's. Serving engine
 token i is i + d2t[i].
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol
 
 import numpy as np
 
 from specforge.errors import DataError
-
-
-class Supervised(Protocol):
-    """Tokens with the mask of those that are trained on: `input_ids` [S] and `loss_mask` [S]."""
-
-    @property
-    def input_ids(self) -> np.ndarray: ...
-    @property
-    def loss_mask(self) -> np.ndarray: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,24 +78,3 @@ class DraftVocabulary:
         table = np.full(self.target_size, -1, dtype=np.int32)
         table[self.kept] = np.arange(len(self.kept), dtype=np.int32)
         return table
-
-    def coverage(self, counts: np.ndarray) -> float:
-        """The share of the tokens counted in `counts` [V] that the draft can propose. Raises DataError if none was counted."""
-        total = int(np.sum(counts))
-        if total == 0:
-            raise DataError("Coverage of a draft vocabulary: counts hold no token; count the supervised tokens of the data first.")
-        return float(np.sum(counts[self.kept]) / total)
-
-
-def count_supervised(samples: Iterable[Supervised], target_size: int) -> np.ndarray:
-    """How often each target token is supervised: int64 [target_size]. Raises DataError for an id outside the vocabulary."""
-    counts = np.zeros(target_size, dtype=np.int64)
-    for sample in samples:
-        ids = np.asarray(sample.input_ids)[np.asarray(sample.loss_mask, dtype=bool)]
-        if len(ids) and int(ids.max()) >= target_size:
-            raise DataError(
-                f"Token id {int(ids.max())} in a vocabulary of {target_size}: tokenizer and target do not belong together; "
-                "check model.tokenizer_path."
-            )
-        counts += np.bincount(ids, minlength=target_size)
-    return counts

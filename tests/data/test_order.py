@@ -43,11 +43,6 @@ def test_only_two_epochs_are_remembered() -> None:
     assert len(order._epochs) == 2
 
 
-def test_steps_for_counts_the_partial_step() -> None:
-    order = SampleOrder(10, seed=0)
-    assert [order.steps_for(1, 5), order.steps_for(1, 4), order.steps_for(3, 4), order.steps_for(1, 16)] == [2, 3, 8, 1]
-
-
 def test_an_empty_order_is_refused() -> None:
     with pytest.raises(DataError, match="num_samples=0"):
         SampleOrder(0, seed=0)

@@ -1,9 +1,7 @@
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 
-from specforge.data.vocabulary import DraftVocabulary, count_supervised
+from specforge.data.vocabulary import DraftVocabulary
 from specforge.errors import DataError
 
 COUNTS = np.array([0, 5, 0, 7, 5, 0, 1, 9])
@@ -17,7 +15,6 @@ def test_tables_by_hand() -> None:
     assert vocabulary.t2d.tolist() == [False, True, False, True, False, False, False, True]
     assert vocabulary.to_draft.tolist() == [-1, 0, -1, 1, -1, -1, -1, 2]
     assert (vocabulary.d2t.dtype, vocabulary.t2d.dtype, vocabulary.to_draft.dtype) == (np.int64, np.bool_, np.int32)
-    assert vocabulary.coverage(COUNTS) == (5 + 7 + 9) / 27
 
 
 def test_given_ids_are_always_kept() -> None:
@@ -34,7 +31,6 @@ def test_the_whole_vocabulary(size: int) -> None:
     vocabulary = DraftVocabulary.from_counts(COUNTS, size)
     assert vocabulary.d2t.tolist() == [0] * 8
     assert vocabulary.t2d.all()
-    assert vocabulary.coverage(COUNTS) == 1.0
 
 
 def test_tables_rebuild_the_vocabulary() -> None:
@@ -64,16 +60,3 @@ def test_impossible_requests_are_refused() -> None:
         DraftVocabulary.from_counts(COUNTS, 3, always=(8,))
     with pytest.raises(DataError, match=r"at most 1 ids"):
         DraftVocabulary.from_counts(COUNTS, 1, always=(2, 3))
-    with pytest.raises(DataError, match="no token"):
-        DraftVocabulary.from_counts(COUNTS, 3).coverage(np.zeros(8))
-
-
-def test_only_supervised_tokens_are_counted() -> None:
-    samples = [
-        SimpleNamespace(input_ids=np.array([1, 2, 2, 3], dtype=np.int32), loss_mask=np.array([False, True, True, True])),
-        SimpleNamespace(input_ids=np.array([3, 1], dtype=np.int32), loss_mask=np.array([True, False])),
-    ]
-    counts = count_supervised(samples, 5)
-    assert (counts.tolist(), counts.dtype) == ([0, 0, 2, 2, 0], np.int64)
-    with pytest.raises(DataError, match="Token id 3 in a vocabulary of 3"):
-        count_supervised(samples, 3)
