@@ -5,7 +5,7 @@ At size 1 there is no process group and every collective is the identity, so cal
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -25,6 +25,8 @@ class World:
     local_rank: int = 0
     local_size: int = 1
     device: torch.device = torch.device("cpu")
+    group: dist.ProcessGroup | None = None
+    """The process group of the collectives; None: the one that `join` made."""
 
     @classmethod
     def join(cls, timeout_s: float = 1800.0) -> "World":
@@ -40,6 +42,11 @@ class World:
             dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
         local_size = int(os.environ.get("LOCAL_WORLD_SIZE", str(size)))
         return cls(int(os.environ.get("RANK", "0")), size, local_rank, local_size, device)
+
+    def apart(self) -> "World":
+        """The same ranks in a group of their own on the CPU, for a thread that works beside the training. All ranks call it together."""
+        group = dist.new_group(backend="gloo") if self.size > 1 else None
+        return replace(self, device=torch.device("cpu"), group=group)
 
     def leave(self) -> None:
         if dist.is_initialized():
@@ -67,7 +74,7 @@ class World:
     def sum_(self, values: torch.Tensor) -> torch.Tensor:
         """Add `values` (any shape, CPU or this rank's device) over all ranks, in place."""
         if self.size > 1:
-            dist.all_reduce(values)
+            dist.all_reduce(values, group=self.group)
         return values
 
     def gather_objects(self, value: Any) -> list[Any]:
@@ -75,7 +82,7 @@ class World:
         if self.size == 1:
             return [value]
         gathered: list[Any] = [None] * self.size
-        dist.all_gather_object(gathered, value)
+        dist.all_gather_object(gathered, value, group=self.group)
         return gathered
 
     def on_main(self, act: Callable[[], T]) -> T:
@@ -96,5 +103,5 @@ class World:
         if self.size == 1:
             return value
         box = [value]
-        dist.broadcast_object_list(box, src=0)
+        dist.broadcast_object_list(box, src=0, group=self.group)
         return box[0]
