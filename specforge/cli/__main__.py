@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run_and_exit() -> None:
     """The process entry. A rank leaves without Python's finalisation, in which a gloo thread that still lets go of a tensor aborts."""
     code = main()
-    if "TORCHELASTIC_RUN_ID" in os.environ:
+    if "RANK" in os.environ:  # set by torchrun, and for the other launchers by World.join
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

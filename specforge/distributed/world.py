@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from specforge.distributed.launcher import read_place
 from specforge.errors import ConfigError, SpecForgeError
 
 T = TypeVar("T")
@@ -30,18 +31,26 @@ class World:
 
     @classmethod
     def join(cls, timeout_s: float = 1800.0) -> "World":
-        """Join the group that torchrun describes in the environment; without one, a world of this process alone."""
-        size = int(os.environ.get("WORLD_SIZE", "1"))
-        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-        device = torch.device("cpu")
-        if torch.cuda.is_available():
-            device = torch.device("cuda", local_rank)
-            torch.cuda.set_device(device)
-        if size > 1 and not dist.is_initialized():
-            backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-            dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
-        local_size = int(os.environ.get("LOCAL_WORLD_SIZE", str(size)))
-        return cls(int(os.environ.get("RANK", "0")), size, local_rank, local_size, device)
+        """Join the group that torchrun, srun or mpirun describes in the environment; without one, a world of this process alone.
+
+        Which ranks share a node is asked of the ranks. A collective that waits longer than `timeout_s` fails.
+
+        Raises:
+            ConfigError: the environment is incomplete, or there are fewer devices than ranks on this node.
+        """
+        place = read_place(os.environ)
+        on_cuda = torch.cuda.is_available()
+        neighbours = [place.rank]
+        if place.size > 1:
+            os.environ.update(place.variables)
+            if not dist.is_initialized():
+                dist.init_process_group("cpu:gloo,cuda:nccl" if on_cuda else "gloo", timeout=timedelta(seconds=timeout_s))
+            nodes = [""] * place.size
+            dist.all_gather_object(nodes, place.node)
+            neighbours = [rank for rank, node in enumerate(nodes) if node == place.node]
+        local_rank = neighbours.index(place.rank)
+        device = _bind_device(local_rank) if on_cuda else torch.device("cpu")
+        return cls(place.rank, place.size, local_rank, len(neighbours), device)
 
     def apart(self) -> "World":
         """The same ranks in a group of their own on the CPU, for a thread that works beside the training. All ranks call it together."""
@@ -60,21 +69,30 @@ class World:
         """The device mesh of `train.sharding`: 1-D to shard, (replicas, shards) for hybrid and plain replication."""
         if sharding == "shard":
             return init_device_mesh(self.device.type, (self.size,), mesh_dim_names=("shard",))
-        shards = self.local_size if sharding == "hybrid" else 1
-        if self.size % shards:
-            raise ConfigError(
-                f"train.sharding='hybrid': {self.size} ranks do not divide into nodes of {shards}; start equally many ranks on every node."
-            )
+        shards = self._ranks_per_node() if sharding == "hybrid" else 1
         return init_device_mesh(self.device.type, (self.size // shards, shards), mesh_dim_names=("replicate", "shard"))
 
+    def _ranks_per_node(self) -> int:
+        """Raises ConfigError on every rank unless consecutive ranks fill equal nodes."""
+        places = self.gather_objects((self.local_rank, self.local_size))
+        if any(place != (rank % self.local_size, self.local_size) for rank, place in enumerate(places)):
+            sizes = sorted({size for _, size in places})
+            raise ConfigError(
+                f"train.sharding='hybrid': the nodes of these {self.size} ranks hold {sizes} of them, or ranks of one node do not "
+                "follow each other; start equally many on every node, node by node, or use train.sharding=shard."
+            )
+        return self.local_size
+
     def barrier(self) -> None:
-        if self.size > 1:
-            self.sum_(torch.zeros(1))
+        self.sum_(torch.zeros(1))
 
     def sum_(self, values: torch.Tensor) -> torch.Tensor:
-        """Add `values` (any shape, CPU or this rank's device) over all ranks, in place."""
+        """Add `values` (any shape and device) over all ranks, in place; they travel on this rank's device."""
         if self.size > 1:
-            dist.all_reduce(values, group=self.group)
+            travelling = values.to(self.device)
+            dist.all_reduce(travelling, group=self.group)
+            if travelling is not values:
+                values.copy_(travelling)
         return values
 
     def gather_objects(self, value: Any) -> list[Any]:
@@ -105,3 +123,17 @@ class World:
         box = [value]
         dist.broadcast_object_list(box, src=0, group=self.group)
         return box[0]
+
+
+def _bind_device(local_rank: int) -> torch.device:
+    """This rank's CUDA device: the only one it sees, or that of its number on the node."""
+    visible = torch.cuda.device_count()
+    if local_rank >= visible > 1:
+        raise ConfigError(
+            f"local rank {local_rank}: only {visible} CUDA devices are visible; start at most {visible} processes on this node, "
+            "or show each process one device of its own."
+        )
+    device = torch.device("cuda", local_rank if visible > 1 else 0)
+    torch.cuda.set_device(device)
+    torch.cuda.init()  # a device mesh would otherwise choose a device of its own
+    return device

@@ -35,7 +35,8 @@ def train(world: World, target_path: Path, folder: Path, settings: dict[str, Any
     store = LocalFeatureStore(folder)
     config = TrainConfig(**{"batch_samples": 4, "learning_rate": 1e-2, "clip_norm": 0.1, "micro_batch_tokens": 64, **settings})
     method = make_method(target_path, store, layers=2)
-    backend = FSDPTrainingBackend(method, config, replace(world, local_size=min(world.size, RANKS_PER_NODE)))
+    node = {"local_rank": world.rank % RANKS_PER_NODE, "local_size": min(world.size, RANKS_PER_NODE)}
+    backend = FSDPTrainingBackend(method, config, replace(world, **node))
     data = FeatureDataLoader(store, 0, config.batch_samples, config.micro_batch_tokens, STEPS * config.batch_samples, world)
     norms = []
     for window in data:
