@@ -10,6 +10,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
 import time
@@ -25,6 +26,7 @@ MANIFEST_FORMAT = 1
 
 _NO_LINKS = {errno.EPERM, errno.EACCES, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
 _CONTENT_SUFFIXES = {".json", ".jsonl", ".safetensors", ".model", ".txt", ".jinja", ".parquet", ".tiktoken", ".yaml"}
+_UNFINISHED = re.compile(r"\..+\.(staging-)?\d+-[0-9a-f]{8}")
 _SETTLED_S = 2.0
 """A file changed less than this ago may change again without a new time stamp, so nothing is remembered of it."""
 
@@ -138,7 +140,7 @@ def staging(final: Path, **seal: Any) -> Iterator[Path]:
 
 def new_staging(final: Path) -> Path:
     """The hidden folder alone, for writers of several processes: one makes it and, at the end, calls `publish`."""
-    if final.exists():
+    if os.path.lexists(final):
         raise SpecForgeError(f"{final}: exists already and is not overwritten; remove it or choose another folder.")
     folder = _hidden_name(final)
     folder.mkdir(parents=True)
@@ -179,15 +181,33 @@ def sweep(final: Path) -> list[str]:
     """Remove what killed writers of `final` left behind; returns the names. The caller holds the lock of `final`."""
     stale = [path for path in final.parent.glob(".*") if path.name.startswith(_staging_prefix(final))]
     for path in stale:
-        shutil.rmtree(path)
+        _remove(path, _hidden_name(final))
     return [path.name for path in stale]
 
 
+def sweep_all(parent: Path) -> None:
+    """Remove whatever killed writers left in `parent`, files and folders. The caller is the only one who writes there."""
+    for path in parent.glob(".*"):
+        if not _UNFINISHED.fullmatch(path.name):
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
 def discard(folder: Path) -> None:
-    """Remove a published folder so that no reader sees half of it."""
-    doomed = _hidden_name(folder)
-    folder.rename(doomed)
-    shutil.rmtree(doomed)
+    """Remove a published folder, or whatever has its name, so that no reader sees half of it."""
+    _remove(folder, _hidden_name(folder))
+
+
+def _remove(path: Path, doomed: Path) -> None:
+    """Renamed first: a rank that outlives its killed job cannot add to what is being removed."""
+    path.rename(doomed)
+    if doomed.is_dir() and not doomed.is_symlink():
+        shutil.rmtree(doomed, ignore_errors=True)  # what a late writer still got in is swept next time
+    else:
+        doomed.unlink()
 
 
 def _staging_prefix(final: Path) -> str:
@@ -238,6 +258,9 @@ class Lock:
     """Mutual exclusion between processes by a file that is there while somebody holds it.
 
     The kernel releases the lock when its holder ends, in whatever way; a file left behind is then taken over.
+
+    Raises:
+        SpecForgeError: there can be no lock at `path`, because the file system has none or may not be written.
     """
 
     def __init__(self, path: Path) -> None:
@@ -245,19 +268,19 @@ class Lock:
         self._descriptor: int | None = None
 
     def try_acquire(self) -> bool:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            locked = os.fstat(descriptor).st_ino == os.stat(self.path).st_ino
-        except (BlockingIOError, FileNotFoundError):
-            locked = False
-        # A file that its holder removed meanwhile locks nobody out.
-        if not locked:
-            os.close(descriptor)
-            return False
-        self._descriptor = descriptor
-        return True
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+        except OSError as cause:
+            raise _no_lock(self.path, cause) from cause
+        try:
+            # A file that its holder removed meanwhile locks nobody out.
+            if _flock(descriptor, fcntl.LOCK_EX, self.path) and _is_at(descriptor, self.path):
+                self._descriptor, descriptor = descriptor, -1
+        finally:
+            if descriptor != -1:
+                os.close(descriptor)
+        return self._descriptor is not None
 
     def acquire(self, poll_s: float = 0.1) -> None:
         while not self.try_acquire():
@@ -277,16 +300,56 @@ class Lock:
         self.release()
 
 
+def is_held(path: Path) -> bool:
+    """Whether some process holds the `Lock` of `path`."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except FileNotFoundError:
+        return False
+    try:
+        return not _flock(descriptor, fcntl.LOCK_SH, path)
+    finally:
+        os.close(descriptor)
+
+
+def _flock(descriptor: int, kind: int, path: Path) -> bool:
+    """Lock an open file unless another process has locked it."""
+    try:
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as cause:
+        raise _no_lock(path, cause) from cause
+    return True
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.lstat(path))
+    except OSError as cause:
+        if cause.errno in (errno.ENOENT, errno.ESTALE):
+            return False
+        raise
+
+
+def _no_lock(path: Path, cause: OSError) -> SpecForgeError:
+    return SpecForgeError(
+        f"{path}: cannot be locked ({cause.strerror}); choose a folder that can be written, on a file system with flock "
+        "(a local disk, Lustre mounted with flock, NFS with its lock service)."
+    )
+
+
 class Fingerprints:
-    """Content hashes, remembered in `memo_path` by path, size, time of change and inode, so that large files are read once."""
+    """Content hashes, remembered in `memo_path` by path, size, times of change and inode, so that large files are read once."""
 
     def __init__(self, memo_path: Path) -> None:
         self.memo_path = memo_path
 
     def sha256(self, path: Path) -> str:
         stamp, key, memo = _stamp(path), str(path.absolute()), self._memo()
-        if key in memo and memo[key][:-1] == stamp:
-            return memo[key][-1]
+        known = memo.get(key)
+        if isinstance(known, list) and known[:-1] == stamp and isinstance(known[-1], str):
+            return known[-1]
         digest = sha256_file(path)
         if stamp == _stamp(path) and time.time() - stamp[1] / 1e9 > _SETTLED_S:
             self.memo_path.parent.mkdir(parents=True, exist_ok=True)
@@ -318,4 +381,5 @@ class Fingerprints:
 
 def _stamp(path: Path) -> list[int]:
     status = path.stat()
-    return [status.st_size, status.st_mtime_ns, status.st_ino]
+    # A copy may bring the old mtime along; ctime is the system's own.
+    return [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]

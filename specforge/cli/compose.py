@@ -22,8 +22,9 @@ from specforge.features.store import LocalFeatureStore
 from specforge.features.target import Target
 from specforge.log.run_log import RunLog
 from specforge.training.backend import FSDPTrainingBackend
-from specforge.training.checkpoint import Checkpoint, CheckpointManager, changed_settings, find_checkpoints, read_state, resolve
+from specforge.training.checkpoint import CheckpointManager, job_name
 from specforge.training.controller import TrainerController, refuse_after_non_finite
+from specforge.training.run_folder import Checkpoint, changed_settings, find_checkpoints, newest, read_branch, read_state, resolve
 from specforge.training.state import TrainState
 
 _FREE_TRAIN_SETTINGS = (
@@ -51,15 +52,16 @@ def contract(config: RunConfig) -> dict[str, Any]:
 
 
 def starting_point(config: RunConfig) -> Checkpoint | None:
-    """The checkpoint to begin from: what `train.resume_from` names or, after a torchrun restart, the newest one.
+    """The checkpoint to begin from: what `train.resume_from` names or, in a torchrun restart, where this job's branch stands.
 
     Raises:
         CheckpointError: `resume_from` names none, or the folder holds a run and `resume_from` is empty.
     """
     folder = Paths.of(config).run
-    complete = find_checkpoints(folder)
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) and complete:
-        return complete[-1]
+    complete, branch = find_checkpoints(folder), read_branch(folder)
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    if restarted and branch and (branch.job, branch.resume_from) == (job_name(), config.train.resume_from):
+        return newest(folder)
     if config.train.resume_from:
         return resolve(Path(config.train.resume_from))
     if complete:
@@ -117,7 +119,7 @@ def build_controller(config: RunConfig, world: World) -> TrainerController:
             checkpoints.load_draft(origin, backend)
             note = {"event": "draft", "checkpoint": str(origin.path), "step": 0}
 
-        total_steps, total_samples = horizon(config, len(store))
+        total_steps, total_samples = horizon(config, len(store), state)
         data = FeatureDataLoader(
             store, config.seed, config.train.batch_samples, config.train.micro_batch_tokens, total_samples, world, config.data.exclude_ids
         )
@@ -148,11 +150,16 @@ def _continued(
     return state, note
 
 
-def horizon(config: RunConfig, num_samples: int) -> tuple[int, int]:
-    """(optimiser steps, samples) of the whole run; the last step may be smaller."""
+def horizon(config: RunConfig, num_samples: int, state: TrainState) -> tuple[int, int]:
+    """(optimiser steps, samples) at the end of the run; the last step may be smaller.
+
+    From `state` on, every step takes `train.batch_samples`, whatever a checkpoint's steps took.
+    """
     batch = config.train.batch_samples
-    samples = config.train.steps * batch or config.train.epochs * num_samples
-    return -(-samples // batch), samples
+    samples = config.train.epochs * num_samples
+    if config.train.steps:
+        samples = state.samples_seen + (config.train.steps - state.step) * batch
+    return state.step - (state.samples_seen - samples) // batch, samples
 
 
 def _check_contract(config: RunConfig, stored: dict[str, Any], checkpoint: Checkpoint, *, weights_only: bool) -> None:

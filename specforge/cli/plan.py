@@ -6,6 +6,7 @@ from specforge.config import RunConfig
 from specforge.config.methods import registered
 from specforge.features.store import LocalFeatureStore
 from specforge.features.target import aux_layer_ids
+from specforge.training.state import TrainState
 
 
 def describe(config: RunConfig) -> str:
@@ -14,7 +15,7 @@ def describe(config: RunConfig) -> str:
     target, layers = tables.config, aux_layer_ids(tables.config.num_hidden_layers, config.model.aux_layer_ids)
     folder = Paths.of(config).features
     lengths = LocalFeatureStore(folder).lengths.tolist() if folder.is_dir() else [len(s.input_ids) for s in encode(config, "train").samples]
-    steps, samples = horizon(config, len(lengths))
+    steps, samples = horizon(config, len(lengths), TrainState(config.run_id))
     tokens = sum(lengths) * samples // len(lengths)
     item_bytes = 4 if config.model.dtype == "float32" else 2
     feature_bytes = sum(lengths) * ((len(layers) + 1) * target.hidden_size * item_bytes + 13)

@@ -1,11 +1,12 @@
 """TrainerController: when things happen. What a step means is the method's; how it is spread over ranks, the backend's."""
 
-import os
+import math
+import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 
@@ -21,6 +22,7 @@ from specforge.training.backend import FSDPTrainingBackend
 from specforge.training.checkpoint import CheckpointManager
 from specforge.training.schedule import learning_rate
 from specforge.training.state import TrainState
+from specforge.training.stop import SIGNALS, StoppedError, StopRequest
 
 NON_FINITE_MARKER = "non_finite.json"
 
@@ -32,18 +34,42 @@ class Seekable(Protocol):
     def seek(self, samples: int) -> None: ...
 
 
+class StepNumbers(NamedTuple):
+    """One optimiser step, added up over all ranks."""
+
+    norm: float
+    """Of the gradient, before clipping."""
+    loss_sum: float
+    tokens: float
+    correct_K: torch.Tensor
+    count_K: torch.Tensor
+    save_failed: bool
+    orphaned: bool
+    signals: list[signal.Signals]
+
+
 @dataclass
 class Interval:
     """Sums since the last log line."""
 
+    norm: float = 0.0
     loss_sum: float = 0.0
     weight: float = 0.0
     tokens: float = 0.0
-    correct_K: torch.Tensor | None = None
-    count_K: torch.Tensor | None = None
+    correct_K: torch.Tensor | int = 0
+    count_K: torch.Tensor | int = 0
     data_wait_s: float = 0.0
     steps: int = 0
     started_s: float = 0.0
+
+    def add(self, step: StepNumbers, weight: float) -> None:
+        self.norm = step.norm
+        self.loss_sum += step.loss_sum
+        self.weight += weight
+        self.tokens += step.tokens
+        self.correct_K = self.correct_K + step.correct_K
+        self.count_K = self.count_K + step.count_K
+        self.steps += 1
 
 
 class TrainerController:
@@ -79,7 +105,7 @@ class TrainerController:
         self.evaluate = evaluate
         self._settings = settings
         self._saved_step = state.step if state.step else -1
-        self._launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
+        self._stop = StopRequest()
         self._interval = Interval()
         self._asked_s = 0.0
 
@@ -89,11 +115,16 @@ class TrainerController:
         Raises:
             NonFiniteError: a loss or gradient is not finite; raised on all ranks before any parameter changed.
             ConfigError: the first evaluation lacks `checkpoint.best_metric`.
+            CheckpointError: a checkpoint could not be written.
+            StoppedError: SIGTERM or SIGINT came, on any rank; the step was finished and saved.
         """
         try:
-            if self.state.step == 0:
-                self._evaluate()
-            self._train()
+            with self._stop.listening():
+                self.checkpoints.begin(self.state, self.config.resume_from)
+                if self.state.step == 0:
+                    self._evaluate()
+                self._train()
+                self.checkpoints.wait()
         except BaseException:
             self.log.close(exit_code=1)
             raise
@@ -107,7 +138,7 @@ class TrainerController:
             self._begin_interval()
             for window in self._windows():
                 self._interval.data_wait_s += time.perf_counter() - self._asked_s
-                self._step(window)
+                numbers = self._step(window)
                 bar.update(1)
                 last = self.state.step == self.total_steps
                 if self._due(self.config.log_every) or last:
@@ -116,6 +147,8 @@ class TrainerController:
                     self._evaluate()
                 if self._due(self.config.save_every) or last:
                     self._save()
+                if not last:
+                    self._stop_if_asked(numbers)
                 self._asked_s = time.perf_counter()
 
     def _windows(self) -> Iterator[Window]:
@@ -134,7 +167,7 @@ class TrainerController:
     def _due(self, every: int) -> bool:
         return every > 0 and self.state.step % every == 0
 
-    def _step(self, window: Window) -> None:
+    def _step(self, window: Window) -> "StepNumbers":
         """One optimiser step: gradient of (global loss sum / global weight), reduced over ranks once."""
         plans = [self.method.plan(batch) for batch in window.batches]
         weight = float(self.world.sum_(torch.tensor(sum(plan.weight for plan in plans), dtype=torch.float64)))
@@ -147,27 +180,43 @@ class TrainerController:
         norm = self.backend.clip()
         tokens = sum(batch.documents.num_tokens for batch in window.batches if batch.samples)
         numbers = self._reduce(losses, tallies, norm, tokens)
-        if not numbers.isfinite().all():
+        if not (math.isfinite(numbers.norm) and math.isfinite(numbers.loss_sum)):
             self._stop_for_non_finite(window, losses)
         self.backend.step(learning_rate(self.config, self.state.step, self.total_steps))
         self.state = self.state.advanced(window.samples)
-        self._add(numbers, weight)
+        self._interval.add(numbers, weight)
+        return numbers
 
-    def _reduce(self, losses: list[torch.Tensor], tallies: list[dict[str, torch.Tensor]], norm: torch.Tensor, tokens: int) -> torch.Tensor:
-        """[norm, loss sum, tokens, orphans, correct K, count K] over all ranks: the one read of the step's numbers."""
-        orphaned = float(self._launcher is not None and os.getppid() != self._launcher)
+    def _reduce(self, losses: list[torch.Tensor], tallies: list[dict[str, torch.Tensor]], norm: torch.Tensor, tokens: int) -> "StepNumbers":
+        """Add up over all ranks; reading the sums is the one time in a step that the host waits for the device."""
+        known = torch.cat([torch.tensor([tokens, self.checkpoints.failed], dtype=torch.float64), self._stop.reasons()])
         local = torch.cat([
             torch.stack(losses).sum().reshape(1).double(),
-            torch.tensor([tokens, orphaned], dtype=torch.float64).to(norm.device, non_blocking=True),
+            known.to(norm.device, non_blocking=True),
             torch.stack([tally["correct"] for tally in tallies]).sum(0).double(),
             torch.stack([tally["count"] for tally in tallies]).sum(0).double(),
         ])  # fmt: skip
         numbers = torch.cat([norm.detach().reshape(1).double(), self.world.sum_(local)]).cpu()
-        if numbers[3] > 0:
-            raise SpecForgeError(
-                f"the launcher of this run is gone; stopped after step {self.state.step}. Resume from the newest checkpoint."
+        norm_, loss_sum, tokens_, failed, orphaned, *heard = numbers[: 5 + len(SIGNALS)].tolist()
+        correct_K, count_K = numbers[5 + len(SIGNALS) :].chunk(2)
+        signals = [number for number, count in zip(SIGNALS, heard, strict=True) if count]
+        return StepNumbers(norm_, loss_sum, tokens_, correct_K, count_K, failed > 0, orphaned > 0, signals)
+
+    def _stop_if_asked(self, numbers: "StepNumbers") -> None:
+        """End the run on all ranks if one of them must: after a save, unless saving is what failed or nobody waits for it."""
+        if numbers.save_failed:
+            self.checkpoints.wait()
+        if numbers.orphaned:
+            raise SpecForgeError(f"the launcher of this run is gone; stopped after step {self.state.step}.")
+        for number in numbers.signals:
+            self._save()
+            self.checkpoints.wait()
+            self.log.note("interrupted", signal=number.name, step=self.state.step)
+            raise StoppedError(
+                number,
+                f"{number.name} ended the run after step {self.state.step}, which is saved; "
+                f"continue with train.resume_from={self.checkpoints.folder}/latest.",
             )
-        return numbers
 
     def _stop_for_non_finite(self, window: Window, losses: list[torch.Tensor]) -> None:
         suspects = [batch for batch, loss in zip(window.batches, losses, strict=True) if not loss.isfinite()]
@@ -178,6 +227,9 @@ class TrainerController:
         step = self.state.step + 1
         if self.world.is_main:
             files.write_json(self.log.folder / NON_FINITE_MARKER, {"step": step, "sample_ids": everyone})
+        if self.state.step:
+            self._save()
+            self.checkpoints.wait()
         raise NonFiniteError(
             f"loss or gradient is not finite at step {step}, in one of the samples {', '.join(everyone)}; no parameter was changed. "
             "Lower train.learning_rate, or leave the samples out with data.exclude_ids, or set train.allow_non_finite=true and resume."
@@ -186,26 +238,16 @@ class TrainerController:
     def _begin_interval(self) -> None:
         self._interval = Interval(started_s=time.perf_counter())
 
-    def _add(self, numbers: torch.Tensor, weight: float) -> None:
-        interval, tally_K = self._interval, numbers[4:].chunk(2)
-        self._norm = float(numbers[0])
-        interval.loss_sum += float(numbers[1])
-        interval.tokens += float(numbers[2])
-        interval.weight += weight
-        interval.steps += 1
-        interval.correct_K = tally_K[0] if interval.correct_K is None else interval.correct_K + tally_K[0]
-        interval.count_K = tally_K[1] if interval.count_K is None else interval.count_K + tally_K[1]
-
     def _log(self) -> dict[str, str]:
         interval = self._interval
-        assert interval.correct_K is not None and interval.count_K is not None
+        assert isinstance(interval.correct_K, torch.Tensor) and isinstance(interval.count_K, torch.Tensor)
         elapsed_s = time.perf_counter() - interval.started_s
         accuracy = (interval.correct_K / interval.count_K.clamp(min=1)).tolist()
         numbers: dict[str, Any] = {
             "train/loss": interval.loss_sum / (interval.weight or 1.0),
             "train/accuracy": accuracy,
             "train/learning_rate": learning_rate(self.config, self.state.step - 1, self.total_steps),
-            "train/grad_norm": self._norm,
+            "train/grad_norm": interval.norm,
             "train/samples_seen": self.state.samples_seen,
             "perf/tokens_per_s": interval.tokens / elapsed_s,
             "perf/step_time_s": elapsed_s / interval.steps,
@@ -226,8 +268,8 @@ class TrainerController:
         self.checkpoints.metric(metrics)
         self.log.write(self.state.step, {**metrics, "perf/eval_time_s": time.perf_counter() - started_s})
         if self.checkpoints.is_best(metrics):
-            self._save()
             self.checkpoints.mark_best(self.state, metrics)
+            self._save()
         self._interval.started_s += time.perf_counter() - started_s
 
     def _save(self) -> None:

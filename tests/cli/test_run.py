@@ -15,7 +15,7 @@ from specforge.config import RunConfig, load_config
 from specforge.distributed import World
 from specforge.features.target import Target
 from specforge.log.run_log import read_metrics
-from specforge.training.checkpoint import find_checkpoints, resolve
+from specforge.training.run_folder import find_checkpoints, resolve
 from tests.ranks import run_ranks
 from tests.texts import make_text_target, write_rows
 

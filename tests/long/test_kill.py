@@ -13,7 +13,7 @@ import torch
 
 from specforge.log.run_log import read_metrics
 from specforge.models.draft_folder import read_draft_config
-from specforge.training.checkpoint import find_checkpoints, resolve
+from specforge.training.run_folder import find_checkpoints, resolve
 from tests.texts import make_text_target, write_rows
 
 pytestmark = pytest.mark.long

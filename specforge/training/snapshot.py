@@ -1,0 +1,81 @@
+"""Snapshot: a copy of everything that changes in a step, so that training goes on while it is written.
+
+Tensors go through torch.distributed.checkpoint with its Hugging Face writer: safetensors, one shard a rank, no pickle.
+"""
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.api import CheckpointException
+
+from specforge import files
+from specforge.distributed import World, randomness
+from specforge.errors import CheckpointError
+from specforge.training.backend import FSDPTrainingBackend
+
+# A world of one has no process group, which is no news to it.
+warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+
+
+def tensors_of(backend: FSDPTrainingBackend) -> dict[str, dict[str, torch.Tensor]]:
+    """The live tensors by subfolder and name, sharded as they are."""
+    return {"draft": backend.draft_state(), "optimizer": backend.optimizer_state()}
+
+
+class Snapshot:
+    """This rank's share of a checkpoint in main memory. Its buffers are made at the first `take` and used again."""
+
+    def __init__(self) -> None:
+        self._tensors: dict[str, dict[str, torch.Tensor]] = {}
+        self._random: dict[str, Any] = {}
+
+    @torch.no_grad()
+    def take(self, backend: FSDPTrainingBackend) -> None:
+        """Copy the state as it is now. The only part of a save for which training waits."""
+        for folder, tensors in tensors_of(backend).items():
+            copies = self._tensors.setdefault(folder, {})
+            for name, tensor in tensors.items():
+                if name not in copies:
+                    copies[name] = torch.empty_like(tensor, device="cpu", requires_grad=False)
+                copies[name].copy_(tensor, non_blocking=True)
+        self._random = randomness.capture()
+        if backend.world.device.type == "cuda":
+            torch.cuda.synchronize(backend.world.device)
+
+    def write(self, folder: Path, world: World) -> str | None:
+        """Write this rank's files below `folder`; the reason if that failed. `world` is the group of the writing threads."""
+        try:
+            for name, tensors in self._tensors.items():
+                (folder / name).mkdir(exist_ok=True)
+                writer = HuggingFaceStorageWriter(str(folder / name), save_distributed=True)
+                dcp.save(tensors, storage_writer=writer, process_group=world.group, no_dist=world.size == 1)
+            files.write_json(folder / random_name(world), self._random)
+        except OSError as error:
+            return f"rank {world.rank}: {error}."
+        except CheckpointException as error:
+            return f"rank {world.rank}: {next(iter(error.failures.values()))[0]}."
+        return None
+
+
+def read_tensors(folder: Path, tensors: dict[str, torch.Tensor], world: World) -> None:
+    """Fill `tensors`, sharded in whatever way, from a folder that any number of ranks wrote.
+
+    Raises:
+        CheckpointError: a tensor is missing or has another shape.
+    """
+    try:
+        dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=world.size == 1)
+    except CheckpointException as error:
+        reason = next(iter(error.failures.values()))[0]
+        raise CheckpointError(
+            f"{folder}: cannot be loaded into this draft: {reason}. Take a checkpoint of the same method and model."
+        ) from error
+
+
+def random_name(world: World) -> str:
+    """The file of this rank's random state in a step folder."""
+    return f"rng-rank{world.rank}.json"
