@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from specforge import files
 from specforge.errors import FeatureError
 from specforge.features.store import TENSORS, FeatureMeta, FeatureWriter, LocalFeatureStore, SampleFeatures
 
@@ -118,7 +119,8 @@ def test_missing_store_and_other_format_are_refused(tmp_path: Path) -> None:
     index = json.loads((folder / "index.json").read_text())
     (folder / "index.json").write_text(json.dumps({**index, "format": 9}))
     manifest = json.loads((folder / "manifest.json").read_text())
-    manifest["files"]["index.json"]["size_bytes"] = (folder / "index.json").stat().st_size
+    index_path = folder / "index.json"
+    manifest["files"]["index.json"] = {"size_bytes": index_path.stat().st_size, "sha256": files.sha256_file(index_path)}
     (folder / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(FeatureError, match="store format 9 is not 1"):
         LocalFeatureStore(folder)

@@ -1,0 +1,134 @@
+"""Readers of files that others may have written, damaged or forged. They bound what they read, execute nothing, wait for
+nobody, and name the file when they refuse it."""
+
+import json
+import os
+import stat
+from pathlib import Path, PurePosixPath
+from types import UnionType
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from specforge.errors import SpecForgeError
+
+_LARGEST_MIB = 64
+_DEEPEST = 64
+_LONGEST_NAME_BYTES = 255
+_LARGEST_COUNT = 2**63
+
+
+def read_bytes(path: Path, error: type[SpecForgeError] = SpecForgeError, largest_mib: int = _LARGEST_MIB) -> bytes:
+    """The content of a regular file that is not larger than `largest_mib`."""
+    size_bytes = _regular_size(path, error)
+    if size_bytes > largest_mib * 2**20:
+        raise error(f"{path}: has {size_bytes} bytes, more than the {largest_mib} MiB that such a file may have; make its folder again.")
+    return path.read_bytes()
+
+
+def read_json(path: Path, error: type[SpecForgeError] = SpecForgeError, largest_mib: int = _LARGEST_MIB) -> Any:
+    """The value in a JSON file without repeated keys, lists and objects at most 64 deep."""
+    data = read_bytes(path, error, largest_mib)
+    try:
+        value = json.loads(data.decode(), object_pairs_hook=_without_repetition)
+    except (ValueError, RecursionError) as cause:
+        raise error(f"{path}: is not valid JSON ({cause}); it was damaged, so make its folder again.") from cause
+    if _is_deep(value):
+        raise error(f"{path}: nests lists and objects more than {_DEEPEST} deep; it was damaged, so make its folder again.")
+    return value
+
+
+def read_object(path: Path, error: type[SpecForgeError], largest_mib: int = _LARGEST_MIB, **kinds: type | UnionType) -> dict[str, Any]:
+    """The object in a JSON file; it has the fields `kinds`, and perhaps others.
+
+    `int` means a number from 0 that fits in 64 bits, `float` any finite number.
+    """
+    value = read_json(path, error, largest_mib)
+    check_fields(value, str(path), error, **kinds)
+    return value
+
+
+def check_fields(value: Any, where: str, error: type[SpecForgeError], **kinds: type | UnionType) -> None:
+    """Raise unless `value` is an object with the fields `kinds`; `where` names it in the message."""
+    if not isinstance(value, dict):
+        raise error(f"{where}: must be a JSON object, not {shown(value)}; it was damaged, so make its folder again.")
+    for name, kind in kinds.items():
+        if name not in value:
+            raise error(f"{where}: {name} is missing; the file was damaged or is of another version, so make its folder again.")
+        if not is_a(value[name], kind):
+            wanted = getattr(kind, "__name__", str(kind))
+            raise error(f"{where}: {name}={shown(value[name])} must be of type {wanted}; it was damaged, so make its folder again.")
+
+
+def is_a(value: object, kind: type | UnionType) -> bool:
+    """Whether a JSON value is of a kind; see `read_object`."""
+    if isinstance(value, bool) or kind not in (int, float):
+        return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+    if kind is int:
+        return isinstance(value, int) and 0 <= value < _LARGEST_COUNT
+    return isinstance(value, int | float) and -float("inf") < value < float("inf")
+
+
+def shown(value: object) -> str:
+    """A value for a message: not longer than a line, whatever it is."""
+    if isinstance(value, int) and abs(value) >= 10**40:
+        return "a number of more than 40 digits"
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:80]}..."
+
+
+def open_tensors(path: Path, error: type[SpecForgeError]) -> safe_open:
+    """A safetensors file, its header checked, its tensors mapped into memory and not yet read."""
+    _regular_size(path, error)
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as cause:
+        raise error(f"{path}: is not a readable safetensors file ({cause}); make its folder again or take another copy.") from cause
+
+
+def inside(root: Path, name: str, error: type[SpecForgeError] = SpecForgeError) -> Path:
+    """`root/name`, where `name` was read from a file: relative, without `..`, and so never outside `root`."""
+    parts = PurePosixPath(name).parts if isinstance(name, str) else ()
+    if not parts or name.startswith("/") or ".." in parts or not all(_is_plain(part) for part in parts):
+        raise error(f"file name {shown(name)} listed in {root}: must be relative and stay inside that folder; do not trust this folder.")
+    return root / name
+
+
+def _is_plain(part: str) -> bool:
+    encoded = part.encode(errors="replace")
+    return encoded.decode() == part and len(encoded) <= _LONGEST_NAME_BYTES and "\\" not in part and "\0" not in part
+
+
+def _regular_size(path: Path, error: type[SpecForgeError]) -> int:
+    """Refuses pipes, devices and folders before anything is opened: opening a pipe would wait for a writer."""
+    try:
+        status = path.stat()
+    except FileNotFoundError as cause:
+        raise error(f"{path}: there is no such file; its folder is incomplete or not of this kind.") from cause
+    except OSError as cause:
+        raise error(f"{path}: cannot be read ({cause.strerror}); its folder is damaged or not of this kind.") from cause
+    if not stat.S_ISREG(status.st_mode):
+        raise error(f"{path}: must be a file and is something else; its folder is damaged or not of this kind.")
+    if not os.access(path, os.R_OK):
+        raise error(f"{path}: may not be read; ask its owner for the right to read it.")
+    return status.st_size
+
+
+def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) != len(pairs):
+        raise ValueError("a key occurs twice in one object")
+    return value
+
+
+def _is_deep(value: object) -> bool:
+    level: list[Any] = [value]
+    for _ in range(_DEEPEST + 1):
+        level = [
+            inner
+            for outer in level
+            if isinstance(outer, dict | list)
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+            if isinstance(inner, dict | list)
+        ]
+    return bool(level)
