@@ -22,6 +22,7 @@ from safetensors.torch import save
 
 from specforge import files
 from specforge.errors import FeatureError
+from specforge.features.span import Span, Spans
 
 INDEX = "index.json"
 STORE_FORMAT = 1
@@ -105,9 +106,9 @@ def shard_name(number: int) -> str:
     return f"features-{number:05d}.safetensors"
 
 
-def write_shard(path: Path, features: Sequence[SampleFeatures]) -> ShardRecord:
-    """Write the samples end to end; the file is complete or absent."""
-    data = save({name: torch.cat([getattr(sample, name) for sample in features]).cpu() for name in TENSORS})
+def write_shard(path: Path, features: Sequence[SampleFeatures], notes: dict[str, str] | None = None) -> ShardRecord:
+    """Write the samples end to end, `notes` into the header; the file is complete or absent."""
+    data = save({name: torch.cat([getattr(sample, name) for sample in features]).cpu() for name in TENSORS}, notes)
     files.write_bytes(path, data)
     return ShardRecord(path.name, len(data), hashlib.sha256(data).hexdigest())
 
@@ -228,6 +229,15 @@ class LocalFeatureStore:
 
     def read(self, number: int) -> SampleFeatures:
         return SampleFeatures(**{name: self._rows(number, name) for name in TENSORS})
+
+    def reading(self, spans: Spans, position: int) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+    def take(self, span: Span, numbers: Sequence[int]) -> list[SampleFeatures]:
+        return [self.read(number) for number in numbers]
+
+    def release(self, span: Span) -> None:
+        """A store on disk stays as it is and can be read again."""
 
     def tokens(self, number: int) -> tuple[torch.Tensor, torch.Tensor]:
         """input_ids [S] int32 and loss_mask [S] bool, without touching the features."""
