@@ -5,8 +5,10 @@ from pathlib import Path
 
 from specforge import files
 from specforge.features.capture import capture_samples, check_kind, samples_sha256
-from specforge.features.shared import Patience, Request, span_path, spans_present, write_span
+from specforge.features.patience import Patience
+from specforge.features.request import Request
 from specforge.features.span import Span
+from specforge.features.span_file import span_path, spans_present, sweep_partial, write_span
 from specforge.features.store import FeatureMeta, Sample
 from specforge.features.target import Target
 
@@ -70,16 +72,14 @@ class Producer:
     def _is_missing(self, span: Span, request: Request) -> bool:
         """Asked again under the claim: meanwhile another producer may have made it, and the trainer even read it."""
         now = self._request()
-        return now is not None and now.identity == request.identity and span in now.wanted() and not self._path(span).exists()
+        if now is None or now.identity != request.identity or span not in now.wanted():
+            return False
+        return not span_path(self.folder, span.position).exists()
 
     def _make(self, span: Span, request: Request) -> None:
-        for partial in self.folder.glob(f".{self._path(span).name}.*"):
-            partial.unlink(missing_ok=True)
+        sweep_partial(self.folder, span.position)
         target = self._load_target()
         check_kind(target, self._meta)
         captured = capture_samples(target, self._samples, span.samples, request.capture_tokens, self._meta.aux_layer_ids)
         if self._is_missing(span, request):
             write_span(self.folder, span, request.identity, captured)
-
-    def _path(self, span: Span) -> Path:
-        return span_path(self.folder, span.position)

@@ -19,7 +19,7 @@ from specforge import files
 from specforge.distributed.world import World
 from specforge.errors import FeatureError, SpecForgeError
 
-_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.01, 0.5
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.01, 0.25
 _SETTLED_S = 600.0
 
 
@@ -127,9 +127,11 @@ class Rendezvous:
             self.tell("failed", str(value) if isinstance(value, SpecForgeError | OSError) else repr(value))
 
     def _raise_failure_of_a_peer(self, consequence: BaseException | None = None) -> None:
-        for failure in sorted(self.folder.glob("failed.*")):
-            if failure.suffix != f".{self.world.rank}":
-                raise PeerError(f"rank {failure.suffix[1:]} failed: {files.read_json(failure, FeatureError)}") from consequence
+        with contextlib.suppress(FileNotFoundError):  # a rank that failed may have removed the folder around this one
+            for name in sorted(os.listdir(self.folder)):
+                kind, _, rank = name.partition(".")
+                if kind == "failed" and rank != str(self.world.rank):
+                    raise PeerError(f"rank {rank} failed: {files.read_json(self.folder / name, FeatureError)}") from consequence
 
     def _is_gone(self, rank: int) -> bool:
         return not files.is_held(self._alive_path(rank))
