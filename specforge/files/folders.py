@@ -151,9 +151,11 @@ def verify(
             wrong = f"cannot be read ({cause.strerror})"
         if wrong:
             raise error(f"{path}: {wrong}, so it was damaged after writing; make {folder} again or restore it from a copy.")
-    for path in folder.rglob("*.safetensors"):
-        if path.relative_to(folder).as_posix() not in manifest["files"]:
-            raise error(f"{path}: is not listed in {manifest_name}, so it came there later; remove it.")
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            path = Path(parent, name)
+            if path.suffix == ".safetensors" and path.relative_to(folder).as_posix() not in manifest["files"]:
+                raise error(f"{path}: is not listed in {manifest_name}, so it came there later; remove it.")
     return manifest
 
 

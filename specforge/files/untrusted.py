@@ -20,10 +20,11 @@ _LARGEST_COUNT = 2**63
 
 def read_bytes(path: Path, error: type[SpecForgeError] = SpecForgeError, largest_mib: int = _LARGEST_MIB) -> bytes:
     """The content of a regular file that is not larger than `largest_mib`."""
-    size_bytes = _regular_size(path, error)
-    if size_bytes > largest_mib * 2**20:
-        raise error(f"{path}: has {size_bytes} bytes, more than the {largest_mib} MiB that such a file may have; make its folder again.")
-    return path.read_bytes()
+    with os.fdopen(_open_regular(path, error), "rb") as file:
+        data = file.read(largest_mib * 2**20 + 1)
+    if len(data) > largest_mib * 2**20:
+        raise error(f"{path}: is larger than the {largest_mib} MiB that such a file may have; make its folder again.")
+    return data
 
 
 def read_json(path: Path, error: type[SpecForgeError] = SpecForgeError, largest_mib: int = _LARGEST_MIB) -> Any:
@@ -79,7 +80,7 @@ def shown(value: object) -> str:
 
 def open_tensors(path: Path, error: type[SpecForgeError]) -> safe_open:
     """A safetensors file, its header checked, its tensors mapped into memory and not yet read."""
-    _regular_size(path, error)
+    os.close(_open_regular(path, error))
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as cause:
@@ -99,19 +100,18 @@ def _is_plain(part: str) -> bool:
     return encoded.decode() == part and len(encoded) <= _LONGEST_NAME_BYTES and "\\" not in part and "\0" not in part
 
 
-def _regular_size(path: Path, error: type[SpecForgeError]) -> int:
-    """Refuses pipes, devices and folders before anything is opened: opening a pipe would wait for a writer."""
+def _open_regular(path: Path, error: type[SpecForgeError]) -> int:
+    """A descriptor of a file that is no pipe, device or folder."""
     try:
-        status = path.stat()
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # opening a pipe would wait for its writer
     except FileNotFoundError as cause:
         raise error(f"{path}: there is no such file; its folder is incomplete or not of this kind.") from cause
     except OSError as cause:
         raise error(f"{path}: cannot be read ({cause.strerror}); its folder is damaged or not of this kind.") from cause
-    if not stat.S_ISREG(status.st_mode):
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
         raise error(f"{path}: must be a file and is something else; its folder is damaged or not of this kind.")
-    if not os.access(path, os.R_OK):
-        raise error(f"{path}: may not be read; ask its owner for the right to read it.")
-    return status.st_size
+    return descriptor
 
 
 def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
