@@ -39,7 +39,7 @@ class Producer:
             if request is not None and request.position != seen:
                 seen = request.position
                 patience.renew()
-            if request is not None and self._make_one(request):
+            if request is not None and self.make_one(request):
                 made += 1
                 patience.renew()
             else:
@@ -52,7 +52,7 @@ class Producer:
             request.expect(self.folder, self._meta, self._samples_sha256)
         return request
 
-    def _make_one(self, request: Request) -> bool:
+    def make_one(self, request: Request) -> bool:
         """Make the first span that is wanted, missing and not claimed; False where there is none."""
         present = spans_present(self.folder)
         if not request.retain and present and present[0] < request.position:

@@ -4,7 +4,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -18,11 +18,14 @@ from specforge.features.batch import DraftBatch
 from specforge.features.capture import capture_features
 from specforge.features.loader import FeatureDataLoader, Window
 from specforge.features.producer import Producer
+from specforge.features.request import Request
 from specforge.features.shared import SharedDirFeatureStore
+from specforge.features.span import Span
 from specforge.features.span_file import span_path, spans_present
-from specforge.features.store import TENSORS, FeatureMeta, LocalFeatureStore
+from specforge.features.store import TENSORS, FeatureMeta, LocalFeatureStore, SampleFeatures
 from specforge.features.target import Target
 from tests.features.shared_folder import processes
+from tests.ranks import run_ranks
 from tests.tiny import AUX, make_samples
 
 LENGTHS = [14, 9, 21, 5, 17, 12, 30, 6, 25, 11]
@@ -33,13 +36,15 @@ AHEAD = 3
 ALONE = 1
 
 
+SETTINGS: dict[str, Any] = {"capture_tokens": ALONE, "ahead": AHEAD, "wait_s": 10}
+
+
 def producer(folder: Path, target_path: Path, wait_s: float = 30) -> Producer:
     return Producer(folder, make_samples(LENGTHS), META, lambda: Target.load(target_path, "float32"), wait_s=wait_s)
 
 
 def shared(folder: Path, **settings: Any) -> SharedDirFeatureStore:
-    settings = {"capture_tokens": ALONE, "ahead": AHEAD, "wait_s": 30, **settings}
-    return SharedDirFeatureStore(folder, make_samples(LENGTHS), META, World(), **settings)
+    return SharedDirFeatureStore(folder, make_samples(LENGTHS), META, World(), **{**SETTINGS, **settings})
 
 
 def loader(store: Any, position: int = 0) -> FeatureDataLoader:
@@ -91,7 +96,7 @@ def test_two_producers_make_each_span_once_and_no_more_than_allowed(tmp_path: Pa
         got: list[Window] = []
         for window in loader(shared(folder)):
             wait_for(lambda: len(spans_present(folder)) == min(AHEAD, STEPS - len(got)))
-            time.sleep(0.05)  # a trainer that lags: more would come if they could
+            time.sleep(0.0 if got else 1.0)  # a trainer that lags: more would come if they could
             got.append(window)
         for process in producers:
             process.join(20)
@@ -102,6 +107,31 @@ def test_two_producers_make_each_span_once_and_no_more_than_allowed(tmp_path: Pa
     assert spans_present(folder) == []
     assert sum(int(path.read_text()) for path in tmp_path.glob("made-*")) == STEPS
     assert_same(batches(got), batches(loader(offline)))
+
+
+def test_a_producer_that_is_late_makes_nothing_twice(tmp_path: Path, target_path: Path) -> None:
+    """It read the request before the trainer went on; the span that it misses was made, read and removed meanwhile."""
+    store = shared(tmp_path)
+    spans = loader(store)._spans
+    with store.reading(spans, 0):
+        late = Request.read(tmp_path)
+        store.release(next(spans.following(0, 1)))
+    assert late is not None
+    assert producer(tmp_path, target_path).make_one(late)
+    assert spans_present(tmp_path) == [BATCH], "the first span that is still wanted"
+
+
+def test_a_producer_waits_until_the_trainer_made_room(tmp_path: Path, target_path: Path) -> None:
+    """A trainer that dies between telling its position and removing what is behind it leaves more than it should."""
+    store = shared(tmp_path)
+    with store.reading(loader(store)._spans, BATCH):
+        request = Request.read(tmp_path)
+    assert request is not None
+    span_path(tmp_path, 0).write_bytes(b"")
+    assert not producer(tmp_path, target_path).make_one(request)
+    with store.reading(loader(store)._spans, BATCH):
+        assert producer(tmp_path, target_path).make_one(request)
+    assert spans_present(tmp_path) == [BATCH]
 
 
 def test_a_killed_producer_is_replaced(tmp_path: Path, target_path: Path, offline: LocalFeatureStore) -> None:
@@ -133,6 +163,25 @@ def test_a_killed_producer_is_replaced(tmp_path: Path, target_path: Path, offlin
         got = [*first, *data]
     assert not partial.exists()
     assert_same(batches(got), batches(loader(offline)))
+
+
+class SlowToRead(SharedDirFeatureStore):
+    def take(self, span: Span, numbers: Sequence[int]) -> list[SampleFeatures]:
+        time.sleep(0.2 * self._world.rank)
+        return super().take(span, numbers)
+
+
+def test_a_slow_rank_still_finds_its_part(tmp_path: Path, target_path: Path, offline: LocalFeatureStore) -> None:
+    def read(world: World, store: Any) -> list[str]:
+        data = FeatureDataLoader(store or SlowToRead(tmp_path, make_samples(LENGTHS), META, world, **SETTINGS), SEED, BATCH, 64, 12, world)
+        seen = []
+        for window in data:
+            world.barrier()  # as each step does
+            seen += [sample_id for batch in window.batches for sample_id in batch.ids]
+        return seen
+
+    with processes(1, lambda: producer(tmp_path, target_path).run()):
+        assert run_ranks(read, None, world=2) == run_ranks(read, offline, world=2)
 
 
 def test_a_killed_trainer_comes_back_at_an_earlier_position(tmp_path: Path, target_path: Path, offline: LocalFeatureStore) -> None:
@@ -199,7 +248,7 @@ def test_another_kind_is_refused_on_both_sides(tmp_path: Path, change: dict[str,
     with pytest.raises(FeatureError, match=named):
         Producer(folder, samples, meta, lambda: pytest.fail("no target is loaded"), wait_s=5).run()
     with pytest.raises(FeatureError, match=named):
-        SharedDirFeatureStore(folder, samples, meta, World(), capture_tokens=ALONE, ahead=AHEAD, wait_s=5)
+        SharedDirFeatureStore(folder, samples, meta, World(), **SETTINGS)
 
 
 def test_another_order_starts_anew(tmp_path: Path, target_path: Path, offline: LocalFeatureStore) -> None:
@@ -219,7 +268,7 @@ def test_excluded_samples_are_not_made(tmp_path: Path, target_path: Path) -> Non
     """They may be excluded because the target chokes on them: this one holds an id beyond the vocabulary."""
     samples = make_samples(LENGTHS)
     samples[7].input_ids[2] = META.vocab_size
-    store = SharedDirFeatureStore(tmp_path, samples, META, World(), capture_tokens=ALONE, ahead=AHEAD, wait_s=10)
+    store = SharedDirFeatureStore(tmp_path, samples, META, World(), **SETTINGS)
     data = FeatureDataLoader(store, SEED, BATCH, 64, len(LENGTHS), World(), ["s7"])
     with processes(1, lambda: Producer(tmp_path, samples, META, lambda: Target.load(target_path, "float32"), wait_s=10).run()):
         read = [number for batch in batches(data) for number in batch.samples]
@@ -244,7 +293,7 @@ def test_a_reader_that_waits_lets_the_training_end(tmp_path: Path, target_path: 
     """Only the first span exists; closing the loader must not wait for the second."""
     folder = tmp_path / "shared"
     with processes(1, lambda: producer(folder, target_path).run()):
-        windows = cast(Generator[Window], iter(loader(shared(folder, ahead=1))))
+        windows = cast(Generator[Window, None, None], iter(loader(shared(folder, ahead=1, wait_s=30))))
         next(windows)
     began_s = time.monotonic()
     windows.close()
