@@ -17,15 +17,13 @@ from typing import Any, Protocol, Self
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save
 
 from specforge import files
 from specforge.errors import FeatureError
+from specforge.features.index import DTYPES, INDEX, STORE_FORMAT, check_shard, read_index
 from specforge.features.span import Span, Spans
-
-INDEX = "index.json"
-STORE_FORMAT = 1
 
 
 class Sample(Protocol):
@@ -41,6 +39,11 @@ class Sample(Protocol):
     def loss_mask(self) -> np.ndarray: ...
     @property
     def truncated(self) -> bool: ...
+
+
+def bytes_per_token(num_aux_layers: int, hidden_size: int, dtype: str) -> int:
+    """Captured layers and last hidden state, and beside them id, mask, arg-max and logsumexp."""
+    return (num_aux_layers + 1) * hidden_size * getattr(torch, dtype).itemsize + 4 + 1 + 4 + 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,8 +66,7 @@ class FeatureMeta:
 
     @property
     def bytes_per_token(self) -> int:
-        width = (len(self.aux_layer_ids) + 1) * self.hidden_size
-        return width * getattr(torch, self.dtype).itemsize + 4 + 1 + 4 + 4
+        return bytes_per_token(len(self.aux_layer_ids), self.hidden_size, self.dtype)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
@@ -206,9 +208,7 @@ class LocalFeatureStore:
         if not self.folder.is_dir():
             raise FeatureError(f"features.path={str(folder)!r}: there is no such folder; capture the features first (specforge prepare).")
         files.verify(self.folder, FeatureError, sizes_only=True)
-        index = files.read_json(self.folder / INDEX, FeatureError)
-        if index["format"] != STORE_FORMAT:
-            raise FeatureError(f"{self.folder}: store format {index['format']} is not {STORE_FORMAT}; capture the features again.")
+        index = read_index(self.folder)
         self.meta = FeatureMeta.from_dict(index["meta"])
         self.ids: list[str] = index["ids"]
         self.domains: list[str] = index["domains"]
@@ -218,6 +218,7 @@ class LocalFeatureStore:
         self.unsupervised: int = index["unsupervised"]
         self._shard: list[int] = index["shard"]
         self._offset: list[int] = index["offset"]
+        self._shard_rows: list[int] = index["shard_rows"]
         self._open: dict[int, safe_open] = {}
 
     def __len__(self) -> int:
@@ -285,8 +286,16 @@ class LocalFeatureStore:
     def _handle(self, shard: int) -> safe_open:
         if shard not in self._open:
             path = self.folder / shard_name(shard)
-            try:
-                self._open[shard] = safe_open(path, framework="pt")
-            except SafetensorError as cause:
-                raise FeatureError(f"{path}: is not a readable shard ({cause}); capture the features in {self.folder} again.") from cause
+            opened = files.open_tensors(path, FeatureError)
+            check_shard(path, opened, self._shapes(shard))
+            self._open[shard] = opened
         return self._open[shard]
+
+    def _shapes(self, shard: int) -> dict[str, tuple[str, list[int]]]:
+        """Data type and shape of each tensor of a shard."""
+        rows = self._shard_rows[shard]
+        feature, hidden = DTYPES[self.meta.dtype], self.meta.hidden_size
+        return {
+            "input_ids": ("I32", [rows]), "loss_mask": ("BOOL", [rows]), "argmax": ("I32", [rows]), "logsumexp": ("F32", [rows]),
+            "aux": (feature, [rows, hidden * len(self.aux_layer_ids)]), "last": (feature, [rows, hidden]),
+        }  # fmt: skip

@@ -1,12 +1,14 @@
 """Readers of files that others may have written, damaged or forged. They bound what they read, execute nothing, wait for
 nobody, and name the file when they refuse it."""
 
+import contextlib
 import json
 import os
 import stat
+from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from types import UnionType
-from typing import Any
+from typing import Any, get_origin, get_type_hints
 
 from safetensors import SafetensorError, safe_open
 
@@ -21,21 +23,30 @@ _LARGEST_COUNT = 2**63
 def read_bytes(path: Path, error: type[SpecForgeError] = SpecForgeError, largest_mib: int = _LARGEST_MIB) -> bytes:
     """The content of a regular file that is not larger than `largest_mib`."""
     with os.fdopen(_open_regular(path, error), "rb") as file:
-        data = file.read(largest_mib * 2**20 + 1)
-    if len(data) > largest_mib * 2**20:
-        raise error(f"{path}: is larger than the {largest_mib} MiB that such a file may have; make its folder again.")
-    return data
+        size_bytes = os.fstat(file.fileno()).st_size
+        if size_bytes > largest_mib * 2**20:
+            raise error(
+                f"{path}: has {size_bytes} bytes, more than the {largest_mib} MiB that such a file may have; make its folder again."
+            )
+        return file.read(size_bytes)
 
 
 def read_json(path: Path, error: type[SpecForgeError] = SpecForgeError, largest_mib: int = _LARGEST_MIB) -> Any:
     """The value in a JSON file without repeated keys, lists and objects at most 64 deep."""
-    data = read_bytes(path, error, largest_mib)
+    try:
+        return parse_json(read_bytes(path, error, largest_mib))
+    except ValueError as cause:
+        raise error(f"{path}: is not valid JSON ({cause}); it was damaged, so make its folder again.") from cause
+
+
+def parse_json(data: bytes) -> Any:
+    """Raises ValueError, also where a key is repeated in an object or lists and objects are more than 64 deep."""
     try:
         value = json.loads(data.decode(), object_pairs_hook=_without_repetition)
-    except (ValueError, RecursionError) as cause:
-        raise error(f"{path}: is not valid JSON ({cause}); it was damaged, so make its folder again.") from cause
+    except RecursionError as cause:
+        raise ValueError("lists and objects are nested without end") from cause
     if _is_deep(value):
-        raise error(f"{path}: nests lists and objects more than {_DEEPEST} deep; it was damaged, so make its folder again.")
+        raise ValueError(f"lists and objects are nested more than {_DEEPEST} deep")
     return value
 
 
@@ -61,6 +72,12 @@ def check_fields(value: Any, where: str, error: type[SpecForgeError], **kinds: t
             raise error(f"{where}: {name}={shown(value[name])} must be of type {wanted}; it was damaged, so make its folder again.")
 
 
+def kinds_of(record: type) -> dict[str, Any]:
+    """The fields of a dataclass and their kinds, for `check_fields`."""
+    hints = get_type_hints(record).items()
+    return {name: hint if isinstance(hint, UnionType) else get_origin(hint) or hint for name, hint in hints}
+
+
 def is_a(value: object, kind: type | UnionType) -> bool:
     """Whether a JSON value is of a kind; see `read_object`."""
     if isinstance(value, bool) or kind not in (int, float):
@@ -74,8 +91,8 @@ def shown(value: object) -> str:
     """A value for a message: not longer than a line, whatever it is."""
     if isinstance(value, int) and abs(value) >= 10**40:
         return "a number of more than 40 digits"
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:80]}..."
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 120 else f"{text[:120]}..."
 
 
 def open_tensors(path: Path, error: type[SpecForgeError]) -> safe_open:
@@ -84,7 +101,16 @@ def open_tensors(path: Path, error: type[SpecForgeError]) -> safe_open:
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as cause:
-        raise error(f"{path}: is not a readable safetensors file ({cause}); make its folder again or take another copy.") from cause
+        raise error(f"{path}: is not readable as safetensors ({cause}); make its folder again or take another copy.") from cause
+
+
+@contextlib.contextmanager
+def foreign(path: Path, error: type[SpecForgeError], way_out: str) -> Iterator[None]:
+    """Around a library's reader of `path`, which may raise anything over content that it did not expect."""
+    try:
+        yield
+    except Exception as cause:
+        raise error(f"{path}: cannot be read ({shown(cause)}); {way_out}.") from cause
 
 
 def inside(root: Path, name: str, error: type[SpecForgeError] = SpecForgeError) -> Path:

@@ -76,7 +76,7 @@ def test_index_is_known_without_reading_features(tmp_path: Path) -> None:
         shard.write_bytes(bytes(shard.stat().st_size))
     store = LocalFeatureStore(folder)
     assert store.lengths.sum() == sum(LENGTHS)
-    with pytest.raises(FeatureError, match="not a readable shard"):
+    with pytest.raises(FeatureError, match="not readable as safetensors"):
         store.read(0)
 
 
