@@ -166,16 +166,21 @@ def test_a_killed_producer_is_replaced(tmp_path: Path, target_path: Path, offlin
 
 
 class SlowToRead(SharedDirFeatureStore):
+    """Reads a span only after rank 0 got it."""
+
     def take(self, span: Span, numbers: Sequence[int]) -> list[SampleFeatures]:
-        time.sleep(0.2 * self._world.rank)
+        if not self._world.is_main:
+            wait_for((self.folder / f"got-{span.position}").exists)
         return super().take(span, numbers)
 
 
 def test_a_slow_rank_still_finds_its_part(tmp_path: Path, target_path: Path, offline: LocalFeatureStore) -> None:
     def read(world: World, store: Any) -> list[str]:
         data = FeatureDataLoader(store or SlowToRead(tmp_path, make_samples(LENGTHS), META, world, **SETTINGS), SEED, BATCH, 64, 12, world)
-        seen = []
-        for window in data:
+        seen: list[str] = []
+        for number, window in enumerate(data):
+            if world.is_main:
+                (tmp_path / f"got-{number * BATCH}").touch()
             world.barrier()  # as each step does
             seen += [sample_id for batch in window.batches for sample_id in batch.ids]
         return seen
@@ -252,11 +257,11 @@ def test_another_kind_is_refused_on_both_sides(tmp_path: Path, change: dict[str,
 
 
 def test_another_order_starts_anew(tmp_path: Path, target_path: Path, offline: LocalFeatureStore) -> None:
-    """Spans of another batch size have the same names and other content."""
+    """Spans of another seed have the same names and other content."""
     folder = tmp_path / "shared"
 
     def of(store: Any) -> FeatureDataLoader:
-        return FeatureDataLoader(store, SEED, 2, 64, 8, World())
+        return FeatureDataLoader(store, SEED + 1, BATCH, 64, TOTAL, World())
 
     with processes(1, lambda: producer(folder, target_path).run()):
         next(iter(loader(shared(folder))))
