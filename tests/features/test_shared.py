@@ -256,8 +256,8 @@ def test_another_kind_is_refused_on_both_sides(tmp_path: Path, change: dict[str,
         SharedDirFeatureStore(folder, samples, meta, World(), **SETTINGS)
 
 
-def test_another_order_starts_anew(tmp_path: Path, target_path: Path, offline: LocalFeatureStore) -> None:
-    """Spans of another seed have the same names and other content."""
+def test_another_order_starts_anew(tmp_path: Path, target_path: Path, offline: LocalFeatureStore, capfd: Any) -> None:
+    """Spans of another seed have the same names and other content; they are gone before anyone reads them."""
     folder = tmp_path / "shared"
 
     def of(store: Any) -> FeatureDataLoader:
@@ -267,6 +267,7 @@ def test_another_order_starts_anew(tmp_path: Path, target_path: Path, offline: L
         next(iter(loader(shared(folder))))
         wait_for(lambda: len(spans_present(folder)) == AHEAD)
         assert_same(batches(of(shared(folder))), batches(of(offline)))
+    assert "made again" not in capfd.readouterr().err
 
 
 def test_excluded_samples_are_not_made(tmp_path: Path, target_path: Path) -> None:

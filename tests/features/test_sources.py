@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from specforge.cli.__main__ import main
 from specforge.config.schema import TrainConfig
 from specforge.distributed import World
 from specforge.errors import FeatureError
@@ -20,9 +21,11 @@ from specforge.features.span import Span, Spans
 from specforge.features.store import FeatureMeta
 from specforge.features.target import Target
 from specforge.features.uri import offer
+from specforge.log.run_log import read_metrics
 from specforge.training.backend import FSDPTrainingBackend
 from tests.features.shared_folder import processes
 from tests.ranks import run_ranks
+from tests.texts import make_text_target, write_rows
 from tests.tiny import AUX, make_method, make_samples
 from tests.training.test_steps import whole
 
@@ -193,3 +196,24 @@ def test_stores_by_address(tmp_path: Path, target_path: Path) -> None:
     for wrong in ("mem://nobody", "s3://bucket", str(tmp_path)):
         with pytest.raises(FeatureError, match=r"must be file://PATH or an offered mem://NAME"):
             open_store(wrong)
+
+
+def test_the_setting_chooses_the_source(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A run of the command line on `online` features: the losses of the run on stored ones, and no features on the disk."""
+    make_text_target(tmp_path / "target")
+    words = [
+        f"model.target_path={tmp_path / 'target'}", f"data.train_path={write_rows(tmp_path / 'rows.jsonl', 16)}",
+        f"data.eval_path={write_rows(tmp_path / 'heldout.jsonl', 4)}", "data.max_length=64", "train.micro_batch_tokens=128",
+        "train.batch_samples=4", "train.steps=5", "train.log_every=1", "eval.bootstrap=0", "features.capture_tokens=1",
+    ]  # fmt: skip
+    (tmp_path / "c.yaml").write_text("method: {name: eagle3, options: {draft_tokens: 2, draft_vocab_size: 100}}\n")
+    losses = {}
+    for source in ("offline", "online"):
+        run = tmp_path / source
+        assert main(["train", str(tmp_path / "c.yaml"), *words, f"output_dir={run}", f"features.source={source}"]) == 0
+        losses[source] = [line["train/loss"] for line in read_metrics(run / "metrics.jsonl") if "train/loss" in line]
+        assert (run / "features" / "train").exists() == (source == "offline")
+    assert len(losses["online"]) == 5
+    assert losses["online"] == losses["offline"]
+    assert main(["produce", str(tmp_path / "c.yaml"), *words, f"output_dir={tmp_path}"]) == 2
+    assert "features.source='offline': only features of source 'shared'" in capsys.readouterr().err
