@@ -31,7 +31,10 @@ class StopRequest:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """SIGTERM and SIGINT are noted in here; a second one acts as it did before. Only a main thread can listen."""
+        """SIGTERM and SIGINT are noted in here; a second SIGINT acts as it did before. Only a main thread can listen.
+
+        A second SIGTERM is nobody's impatience: a job manager signals all processes, and torchrun passes its own on.
+        """
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -44,7 +47,8 @@ class StopRequest:
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
         self._heard = signal.Signals(number)
-        signal.signal(number, self._before[self._heard])
+        if number == signal.SIGINT:
+            signal.signal(number, self._before[self._heard])
 
     def reasons(self) -> torch.Tensor:
         """[launcher gone, SIGTERM, SIGINT] as 0 or 1, float64."""

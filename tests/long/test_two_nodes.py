@@ -81,7 +81,7 @@ def draft(words: Sequence[str], run: Path, scratch: Path) -> torch.Tensor:
     )
     controller.checkpoints.release()
     controller.log.close()
-    return torch.cat([parameter.detach().flatten() for _, parameter in sorted(controller.method.named_parameters())])
+    return torch.cat([parameter.detach().flatten() for _, parameter in sorted(controller.backend.trainable.items())])
 
 
 def assert_the_run_of_one_process(words: Sequence[str], run: Path, scratch: Path) -> None:
