@@ -41,17 +41,28 @@ class QueryBlock:
     row_end: int
     key_start: int
     key_end: int
+    first_token: int
+    """Packed token index of the first row: keys up to it are seen by all rows of the block."""
+
+    @property
+    def rows(self) -> slice:
+        return slice(self.row_start, self.row_end)
+
+    @property
+    def keys(self) -> slice:
+        return slice(self.key_start, self.key_end)
 
 
-def query_blocks(documents: Documents, rows: np.ndarray, block_rows: int = 512) -> list[QueryBlock]:
+def query_blocks(documents: Documents, rows: np.ndarray, block_rows: int = 128) -> list[QueryBlock]:
     """Cut the rows (ascending packed token indices) at document borders and into blocks.
 
     A block's keys end at its last row, so that the part above the diagonal is mostly never computed.
     """
     blocks = []
     borders = np.searchsorted(rows, documents.starts)
-    for document, (first, last) in enumerate(pairwise(borders)):
-        for start in range(first, last, block_rows):
-            end = min(start + block_rows, last)
-            blocks.append(QueryBlock(int(start), int(end), int(documents.starts[document]), int(rows[end - 1]) + 1))
+    for document, (begin, stop) in enumerate(pairwise(borders)):
+        for start in range(begin, stop, block_rows):
+            end = min(start + block_rows, stop)
+            first, last = int(rows[start]), int(rows[end - 1])
+            blocks.append(QueryBlock(int(start), int(end), int(documents.starts[document]), last + 1, first))
     return blocks

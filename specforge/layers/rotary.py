@@ -28,7 +28,35 @@ class Rotary(nn.Module):
         return cos_1TD[0, :, None], sin_1TD[0, :, None]
 
 
-def rotate(x_ThD: torch.Tensor, cos_T1D: torch.Tensor, sin_T1D: torch.Tensor) -> torch.Tensor:
-    """Rotate the two halves of each head (the layout of Llama, "neox style")."""
-    first, second = x_ThD.chunk(2, -1)
-    return x_ThD * cos_T1D + torch.cat([-second, first], -1) * sin_T1D
+def rotate(x_ThD: torch.Tensor, cos_T1D: torch.Tensor, sin_T1D: torch.Tensor, heads: int) -> torch.Tensor:
+    """Rotate the two halves of each of the first `heads` heads (the layout of Llama, "neox style") and copy the rest.
+
+    The angles are constants without gradient.
+    """
+    return _Rotate.apply(x_ThD, cos_T1D, sin_T1D, heads)
+
+
+class _Rotate(torch.autograd.Function):
+    """The transpose of a rotation is the rotation by the opposite angle."""
+
+    @staticmethod
+    def forward(ctx: Any, x_ThD: torch.Tensor, cos_T1D: torch.Tensor, sin_T1D: torch.Tensor, heads: int) -> torch.Tensor:
+        ctx.save_for_backward(cos_T1D, sin_T1D)
+        ctx.heads = heads
+        return _rotated(x_ThD, cos_T1D, sin_T1D, heads, 1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        cos_T1D, sin_T1D = ctx.saved_tensors
+        return _rotated(grads[0], cos_T1D, sin_T1D, ctx.heads, -1), None, None, None
+
+
+def _rotated(x_ThD: torch.Tensor, cos_T1D: torch.Tensor, sin_T1D: torch.Tensor, heads: int, sign: int) -> torch.Tensor:
+    out_ThD = torch.empty_like(x_ThD)
+    out_ThD[:, heads:] = x_ThD[:, heads:]
+    torch.mul(x_ThD[:, :heads], cos_T1D, out=out_ThD[:, :heads])
+    (first, second), (out_first, out_second) = (t[:, :heads].chunk(2, -1) for t in (x_ThD, out_ThD))
+    sin_first, sin_second = sin_T1D.chunk(2, -1)
+    out_first.addcmul_(second, sin_first, value=-sign)
+    out_second.addcmul_(first, sin_second, value=sign)
+    return out_ThD

@@ -63,23 +63,26 @@ class _SoftCrossEntropy(torch.autograd.Function):
         weight_N: torch.Tensor,
         chunks: list[tuple[int, int, int, int]],
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        loss = torch.zeros((), device=hidden_NH.device)
+        wide = torch.promote_types(hidden_NH.dtype, torch.float32)
+        loss = torch.zeros((), dtype=wide, device=hidden_NH.device)
         proposals_N = torch.empty(len(hidden_NH), dtype=torch.int64, device=hidden_NH.device)
         grad_hidden = torch.empty_like(hidden_NH) if ctx.needs_input_grad[0] else None
-        grad_head = torch.zeros_like(head_DH, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        grad_head = torch.zeros_like(head_DH, dtype=wide) if ctx.needs_input_grad[1] else None
         for row_start, row_end, teacher_start, teacher_end in chunks:
             rows = slice(row_start, row_end)
-            target_UD = (teacher_UH[teacher_start:teacher_end].to(teacher_head_DH.dtype) @ teacher_head_DH.T).float().softmax(-1)
-            target_ND = target_UD[teacher_N[rows] - teacher_start]
-            logits_ND = (hidden_NH[rows] @ head_DH.T).float()
-            proposals_N[rows] = logits_ND.argmax(-1)
-            log_normaliser_N = logits_ND.logsumexp(-1)
-            loss += weight_N[rows] @ (log_normaliser_N - torch.linalg.vecdot(target_ND, logits_ND))
+            target_UD = (teacher_UH[teacher_start:teacher_end].to(teacher_head_DH.dtype) @ teacher_head_DH.T).softmax(-1, dtype=wide)
+            target_ND = target_UD.index_select(0, teacher_N[rows] - teacher_start)
+            logits_ND = hidden_NH[rows] @ head_DH.T
+            best_N, proposals_N[rows] = logits_ND.max(-1)
+            draft_ND = logits_ND.softmax(-1, dtype=wide)
+            # The largest probability is at least 1/D, so its logarithm is exact enough to give the normaliser.
+            log_normaliser_N = best_N.to(wide) - draft_ND.gather(1, proposals_N[rows, None])[:, 0].log()
+            loss += weight_N[rows].to(wide) @ (log_normaliser_N - torch.linalg.vecdot(target_ND, logits_ND.to(wide)))
             if grad_hidden is None and grad_head is None:
                 continue
-            grad_ND = logits_ND.sub_(log_normaliser_N[:, None]).exp_().sub_(target_ND).mul_(weight_N[rows, None]).to(head_DH.dtype)
+            grad_ND = draft_ND.sub_(target_ND).mul_(weight_N[rows, None]).to(head_DH.dtype)
             if grad_hidden is not None:
-                grad_hidden[rows] = grad_ND @ head_DH
+                torch.mm(grad_ND, head_DH, out=grad_hidden[rows])
             if grad_head is not None:
                 grad_head += grad_ND.T @ hidden_NH[rows]
         ctx.save_for_backward(grad_hidden, None if grad_head is None else grad_head.to(head_DH.dtype))

@@ -25,13 +25,14 @@ from specforge.config.methods import Eagle3Options
 from specforge.data.vocabulary import DraftVocabulary
 from specforge.errors import CheckpointError
 from specforge.features.batch import DraftBatch
-from specforge.features.store import LocalFeatureStore
+from specforge.features.source import FeatureStore
 from specforge.features.tables import TargetTables
 from specforge.layers.documents import query_blocks
+from specforge.layers.rows import take_rows
 from specforge.methods.base import Plan, StepOutput
 from specforge.methods.distillation import chunk_borders, soft_cross_entropy
 from specforge.models.draft_folder import read_draft_config, read_draft_tensors
-from specforge.models.eagle3 import Eagle3Config, Eagle3Draft, LayerKeys, StepRows
+from specforge.models.eagle3 import Eagle3Config, Eagle3Draft, LayerState, StepRows
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ class Eagle3(nn.Module):
         self._in_vocabulary_V = draft.t2d.numpy().copy()
 
     @classmethod
-    def build(cls, options: Eagle3Options, tables: TargetTables, store: LocalFeatureStore, seed: int) -> Self:
+    def build(cls, options: Eagle3Options, tables: TargetTables, store: FeatureStore, seed: int) -> Self:
         """A new draft: vocabulary from the supervised tokens of `store`, head from the target's rows, the rest random."""
         vocabulary = DraftVocabulary.from_counts(
             store.supervised_counts(tables.config.vocab_size), options.draft_vocab_size, always=tables.config.eos_token_ids
@@ -186,7 +187,7 @@ class Eagle3(nn.Module):
             torch.arange(documents.num_tokens, device=device), position_T.to(device),
             query_blocks(documents, np.arange(documents.num_tokens)) if self.options.layers > 1 else [], None,
         )  # fmt: skip
-        hidden, caches, outputs = fused_TH, list[LayerKeys](), list[torch.Tensor]()
+        hidden, states, outputs = fused_TH, list[LayerState](), list[torch.Tensor]()
         for index, step in enumerate(plan.steps):
             if not len(step.rows_R):
                 break
@@ -198,11 +199,11 @@ class Eagle3(nn.Module):
                 None if whole else torch.from_numpy(step.keep_R).to(device),
             )
             if index == 0:
-                hidden, caches = self.draft.first_step(fused_TH, self._embed(ids_T.roll(-1)), everywhere, rows)
+                hidden, states = self.draft.first_step(fused_TH, self._embed(ids_T.roll(-1)), everywhere, rows)
             else:
                 if rows.keep is not None:
-                    hidden = hidden[rows.keep]
-                hidden = self.draft.next_step(hidden, self._embed(ids_T[rows.token_R + 1 + index]), rows, caches)
+                    hidden = take_rows(hidden, rows.keep)
+                hidden = self.draft.next_step(hidden, rows.token_R + index, rows, states)
             outputs.append(hidden)
         return outputs
 
@@ -215,11 +216,9 @@ class Eagle3(nn.Module):
         teacher_U, teacher_N = np.unique(start_N + 1 + step_N, return_inverse=True)
         weight_N = self.options.step_decay**step_N * plan.counted_JT[step_N, start_N]
 
-        supervised = [
-            out if len(s.supervised_S) == len(out) else out[torch.from_numpy(s.supervised_S).to(device)]
-            for s, out in zip(steps, outputs, strict=True)
-        ]
-        hidden_NH = self.draft.norm(torch.cat(supervised)[torch.from_numpy(by_teacher).to(device)])
+        first_row = np.cumsum([0, *(len(out) for out in outputs[:-1])])
+        row_N = np.concatenate([first + step.supervised_S for first, step in zip(first_row, steps, strict=True)])[by_teacher]
+        hidden_NH = self.draft.final_norm(take_rows(torch.cat(outputs), torch.from_numpy(row_N).to(device)))
         teacher_UH = batch.last[torch.from_numpy(teacher_U).to(device)]
         head_DH = self.teacher_head_DH if self.draft.lm_head is None else self.draft.lm_head.weight
         chunks = [(a, b, int(teacher_N[a]), int(teacher_N[b - 1]) + 1) for a, b in chunk_borders(teacher_N, self.options.loss_chunk_rows)]

@@ -17,7 +17,10 @@ from torch.nn import functional as F
 from specforge.data.vocabulary import DraftVocabulary
 from specforge.layers.attention import prefix_and_own_attention
 from specforge.layers.documents import QueryBlock
+from specforge.layers.norm import normalise
 from specforge.layers.rotary import Rotary, rotate
+from specforge.layers.rows import take_rows
+from specforge.layers.swiglu import swiglu
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,17 +61,29 @@ class StepRows:
 
 
 @dataclass
-class LayerKeys:
-    """Keys and values of one layer over the steps of one batch."""
+class LayerState:
+    """What a layer works out once for a batch, and the keys and values that its steps add.
 
-    prefix_k_TgD: torch.Tensor
-    prefix_v_TgD: torch.Tensor
-    own_k_R1gD: list[torch.Tensor] = field(default_factory=list)
-    own_v_R1gD: list[torch.Tensor] = field(default_factory=list)
+    The weights of the norms are multiplied into the columns of the projections that follow them. Half of the first layer's
+    input is the embedding of a true token, which many steps feed; its share of q, k and v is computed once a token.
+    """
+
+    qkv_XH: torch.Tensor
+    gate_up_YH: torch.Tensor
+    embedded_TX: torch.Tensor | None
+    """Share of the embedding of token t+1 in q, k, v; None in layers that see no embedding."""
+    prefix_T2gD: torch.Tensor
+    own_k_RhD: list[torch.Tensor] = field(default_factory=list)
+    own_v_RhD: list[torch.Tensor] = field(default_factory=list)
+    """Of the steps after the first, repeated for each query head."""
 
     def keep(self, rows: torch.Tensor) -> None:
-        self.own_k_R1gD = [k[rows] for k in self.own_k_R1gD]
-        self.own_v_R1gD = [v[rows] for v in self.own_v_R1gD]
+        self.own_k_RhD = [take_rows(k, rows) for k in self.own_k_RhD]
+        self.own_v_RhD = [take_rows(v, rows) for v in self.own_v_RhD]
+
+    def add(self, kv_R2gD: torch.Tensor, heads: int) -> None:
+        for own, part_RgD in zip((self.own_k_RhD, self.own_v_RhD), kv_R2gD.unbind(1), strict=True):
+            own.append(part_RgD[:, :, None].expand(-1, -1, heads // part_RgD.shape[1], -1).flatten(1, 2))
 
 
 class Eagle3Layer(nn.Module):
@@ -78,7 +93,7 @@ class Eagle3Layer(nn.Module):
         super().__init__()
         hidden, heads, groups = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
         width = 2 * hidden if first else hidden
-        self.head_dim = config.head_dim
+        self.head_dim, self.heads, self.groups, self.eps = config.head_dim, heads, groups, config.rms_norm_eps
         self.input_layernorm = nn.RMSNorm(hidden, config.rms_norm_eps) if first else None
         self.hidden_norm = nn.RMSNorm(hidden, config.rms_norm_eps)
         self.q_proj = nn.Linear(width, heads * config.head_dim, bias=False)
@@ -90,24 +105,30 @@ class Eagle3Layer(nn.Module):
         self.up_proj = nn.Linear(hidden, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, hidden, bias=False)
 
-    def attention_input(self, hidden_RH: torch.Tensor, embedded_RH: torch.Tensor) -> torch.Tensor:
-        normed = self.hidden_norm(hidden_RH)
-        return normed if self.input_layernorm is None else torch.cat([self.input_layernorm(embedded_RH), normed], -1)
+    def qkv_weights(self) -> list[torch.Tensor]:
+        """Projections of q, k and v below each other, one [X, H] for the hidden state and, in the first layer, one for the embedding."""
+        whole = torch.cat([self.q_proj.weight, self.k_proj.weight, self.v_proj.weight])
+        norms = [self.hidden_norm] if self.input_layernorm is None else [self.input_layernorm, self.hidden_norm]
+        return [part * norm.weight for part, norm in zip(whole.chunk(len(norms), 1), norms, strict=True)][::-1]
 
-    def keys_and_values(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        k = rotate(self.k_proj(x).unflatten(-1, (-1, self.head_dim)), cos, sin)
-        return k, self.v_proj(x).unflatten(-1, (-1, self.head_dim))
+    def gate_up_weight(self) -> torch.Tensor:
+        return torch.cat([self.gate_proj.weight, self.up_proj.weight]) * self.post_attention_layernorm.weight
 
-    def attend(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, keys: LayerKeys, rows: StepRows) -> torch.Tensor:
-        q_RhD = rotate(self.q_proj(x).unflatten(-1, (-1, self.head_dim)), cos, sin)
-        own_k = torch.cat(keys.own_k_R1gD, 1) if keys.own_k_R1gD else None
-        own_v = torch.cat(keys.own_v_R1gD, 1) if keys.own_v_R1gD else None
-        mixed = prefix_and_own_attention(q_RhD, keys.prefix_k_TgD, keys.prefix_v_TgD, own_k, own_v, rows.token_R, rows.blocks)
-        return self.o_proj(mixed.flatten(1))
+    def queries_keys_values(
+        self, hidden_RH: torch.Tensor, qkv_XH: torch.Tensor, embedded_RX: torch.Tensor | None, cos: torch.Tensor, sin: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """q [R, h, D] and k, v [R, 2, g, D]."""
+        x_RH = normalise(hidden_RH, self.eps)
+        qkv_RX = F.linear(x_RH, qkv_XH) if embedded_RX is None else torch.addmm(embedded_RX, x_RH, qkv_XH.T)
+        rotated = rotate(qkv_RX.unflatten(-1, (-1, self.head_dim)), cos, sin, self.heads + self.groups)
+        q_RhD, kv = rotated.split([self.heads, 2 * self.groups], 1)
+        return q_RhD, kv.unflatten(1, (2, self.groups))
 
-    def feed_forward(self, hidden_RH: torch.Tensor) -> torch.Tensor:
-        x = self.post_attention_layernorm(hidden_RH)
-        return hidden_RH + self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+    def mix(self, hidden_RH: torch.Tensor, q_RhD: torch.Tensor, state: LayerState, rows: StepRows) -> torch.Tensor:
+        """Attention and feed-forward, each added to what went in."""
+        mixed_RhD = prefix_and_own_attention(q_RhD, state.prefix_T2gD, state.own_k_RhD, state.own_v_RhD, rows.token_R, rows.blocks)
+        hidden_RH = hidden_RH + self.o_proj(mixed_RhD.flatten(1))
+        return hidden_RH + self.down_proj(swiglu(F.linear(normalise(hidden_RH, self.eps), state.gate_up_YH)))
 
 
 class Eagle3Draft(nn.Module):
@@ -143,38 +164,42 @@ class Eagle3Draft(nn.Module):
             aux_TF = torch.cat([norm(part) for norm, part in zip(self.fc_norm, parts, strict=True)], -1)
         return self.fc(aux_TF if self.input_norm is None else self.input_norm(aux_TF))
 
+    def final_norm(self, hidden_RH: torch.Tensor) -> torch.Tensor:
+        return normalise(hidden_RH, self.config.rms_norm_eps) * self.norm.weight
+
     def first_step(
         self, fused_TH: torch.Tensor, embedded_TH: torch.Tensor, everywhere: StepRows, rows: StepRows
-    ) -> tuple[torch.Tensor, list[LayerKeys]]:
+    ) -> tuple[torch.Tensor, list[LayerState]]:
         """Step 0: keys and values of every token, outputs [R, H] (before the final norm) of the given rows only.
 
         Layers below the last one run `everywhere` (all T tokens), since the next layer's keys come from them.
         """
         cos_T, sin_T = self.rotary(fused_TH, everywhere.position_R)
-        hidden, caches = fused_TH, list[LayerKeys]()
+        hidden, states = fused_TH, list[LayerState]()
         for depth, layer in enumerate(self.stack):
-            x_TX = layer.attention_input(hidden, embedded_TH)
-            caches.append(LayerKeys(*layer.keys_and_values(x_TX, cos_T, sin_T)))
-            last = depth == len(self.layers) - 1
-            if last:
-                x_TX, hidden = x_TX[rows.token_R], hidden[rows.token_R]
-                hidden = hidden + layer.attend(x_TX, cos_T[rows.token_R], sin_T[rows.token_R], caches[-1], rows)
+            qkv_XH, *embedding_XH = layer.qkv_weights()
+            embedded_TX = F.linear(normalise(embedded_TH, layer.eps), embedding_XH[0]) if embedding_XH else None
+            q_RhD, prefix_T2gD = layer.queries_keys_values(hidden, qkv_XH, embedded_TX, cos_T, sin_T)
+            states.append(LayerState(qkv_XH, layer.gate_up_weight(), embedded_TX, prefix_T2gD))
+            if depth == len(self.layers) - 1:
+                q_RhD, hidden = take_rows(q_RhD, rows.token_R), take_rows(hidden, rows.token_R)
+                hidden = layer.mix(hidden, q_RhD, states[-1], rows)
             else:
-                hidden = hidden + layer.attend(x_TX, cos_T, sin_T, caches[-1], everywhere)
-            hidden = layer.feed_forward(hidden)
-        return hidden, caches
+                hidden = layer.mix(hidden, q_RhD, states[-1], everywhere)
+        return hidden, states
 
-    def next_step(self, hidden_RH: torch.Tensor, embedded_RH: torch.Tensor, rows: StepRows, caches: list[LayerKeys]) -> torch.Tensor:
-        """A later step: the rows' own outputs go in as features; each layer gains one key per row."""
+    def next_step(self, hidden_RH: torch.Tensor, fed_R: torch.Tensor, rows: StepRows, states: list[LayerState]) -> torch.Tensor:
+        """A later step: the rows' own outputs go in as features; each layer gains one key per row.
+
+        `fed_R` says which of the first step's embeddings each row is fed.
+        """
         cos_R, sin_R = self.rotary(hidden_RH, rows.position_R)
-        hidden = self.norm(hidden_RH) if self.config.norm_output else hidden_RH
-        for layer, keys in zip(self.stack, caches, strict=True):
+        hidden = self.final_norm(hidden_RH) if self.config.norm_output else hidden_RH
+        for layer, state in zip(self.stack, states, strict=True):
             if rows.keep is not None:
-                keys.keep(rows.keep)
-            x_RX = layer.attention_input(hidden, embedded_RH)
-            k_RgD, v_RgD = layer.keys_and_values(x_RX, cos_R, sin_R)
-            keys.own_k_R1gD.append(k_RgD[:, None])
-            keys.own_v_R1gD.append(v_RgD[:, None])
-            hidden = hidden + layer.attend(x_RX, cos_R, sin_R, keys, rows)
-            hidden = layer.feed_forward(hidden)
+                state.keep(rows.keep)
+            embedded_RX = None if state.embedded_TX is None else take_rows(state.embedded_TX, fed_R)
+            q_RhD, kv_R2gD = layer.queries_keys_values(hidden, state.qkv_XH, embedded_RX, cos_R, sin_R)
+            state.add(kv_R2gD, layer.heads)
+            hidden = layer.mix(hidden, q_RhD, state, rows)
         return hidden

@@ -8,7 +8,6 @@ from torch.nn import functional as F
 
 from specforge.features.batch import DraftBatch
 from specforge.features.store import LocalFeatureStore, SampleFeatures
-from specforge.layers.rotary import rotate
 from specforge.methods.base import StepOutput
 from specforge.methods.eagle3 import Eagle3
 from tests.tiny import make_method
@@ -40,11 +39,11 @@ def slow_document(method: Eagle3, sample: SampleFeatures) -> tuple[torch.Tensor,
         embedded = F.embedding(ids.roll(-1 - j), method.embedding_VH)
         cos, sin = draft.rotary(hidden, position)
         for depth, layer in enumerate(draft.layers):
-            x = layer.attention_input(hidden, embedded)
-            k, v = layer.keys_and_values(x, cos, sin)
+            x = layer.hidden_norm(hidden) if depth else torch.cat([layer.input_layernorm(embedded), layer.hidden_norm(hidden)], -1)
+            q, k, v = (proj(x).unflatten(-1, (-1, layer.head_dim)) for proj in (layer.q_proj, layer.k_proj, layer.v_proj))
+            q, k = (x * cos + torch.cat([-x.chunk(2, -1)[1], x.chunk(2, -1)[0]], -1) * sin for x in (q, k))
             for t in range(tokens):
                 keys[depth][t].append((k[t], v[t]))
-            q = rotate(layer.q_proj(x).unflatten(-1, (-1, layer.head_dim)), cos, sin)
             mixed = []
             for t in range(tokens):
                 seen = [keys[depth][s][0] for s in range(t + 1)] + keys[depth][t][1:]
@@ -53,7 +52,9 @@ def slow_document(method: Eagle3, sample: SampleFeatures) -> tuple[torch.Tensor,
                 seen_v = torch.stack([pair[1] for pair in seen], 1).repeat_interleave(repeat, 0)
                 scores = (seen_k @ q[t][:, :, None])[..., 0] * layer.head_dim**-0.5
                 mixed.append((scores.softmax(-1)[:, None] @ seen_v)[:, 0].flatten())
-            hidden = layer.feed_forward(hidden + layer.o_proj(torch.stack(mixed)))
+            hidden = hidden + layer.o_proj(torch.stack(mixed))
+            x = layer.post_attention_layernorm(hidden)
+            hidden = hidden + layer.down_proj(F.silu(layer.gate_proj(x)) * layer.up_proj(x))
         fed = hidden
         log_q = (draft.norm(hidden) @ head.T).log_softmax(-1)
         for t in range(tokens - 2 - j):
@@ -110,7 +111,7 @@ def test_documents_do_not_leak(target_path: Path, store: LocalFeatureStore) -> N
 
 def test_a_batch_without_targets_weighs_nothing_and_still_has_gradients(target_path: Path, store: LocalFeatureStore) -> None:
     method = make_method(target_path, store, layers=2)
-    batch = DraftBatch.empty_like(store.read(0))
+    batch = DraftBatch.empty(store.meta)
     assert method.plan(batch).weight == 0
     output = step(method, batch)
     assert output.loss_sum.item() == 0
