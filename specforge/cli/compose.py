@@ -29,6 +29,7 @@ from specforge.training.state import TrainState
 
 _FREE_TRAIN_SETTINGS = (
     "resume_from", "allow_config_change", "allow_non_finite", "log_every", "eval_every", "save_every", "micro_batch_tokens", "sharding",
+    "profile",
 )  # fmt: skip
 """Settings of `train` that may differ between a checkpoint and the run that continues it."""
 
