@@ -25,6 +25,8 @@ from safetensors.torch import load_file
 from specforge import files
 from specforge.config import load_config
 from specforge.config.load import dump_config
+from specforge.demo.conversations import conversations
+from specforge.demo.corpus import Split
 from specforge.distributed import World
 from specforge.errors import CheckpointError, SpecForgeError
 from specforge.log.run_log import read_metrics
@@ -71,10 +73,9 @@ class Chaos:
         return self.damage
 
     def _write_inputs(self) -> None:
-        from specforge.demo.conversations import conversations
-
         self.out.mkdir(parents=True)
-        for split, count in (("train", 96), ("heldout", 24)):
+        counts: tuple[tuple[Split, int], ...] = (("train", 96), ("heldout", 24))
+        for split, count in counts:
             rows = ({name: row[name] for name in ("id", "domain", "conversations")} for row in conversations(split, count))
             (self.out / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         settings = {

@@ -236,7 +236,7 @@ def signalled(world: World, folder: Path, target_path: Path, features: Path, num
             os.kill(os.getpid(), number)
         return clip()
 
-    controller.backend.clip = told  # type: ignore[method-assign, assignment]
+    controller.backend.clip = told  # type: ignore[method-assign]
     with pytest.raises(StoppedError) as stopped:
         controller.fit()
     return stopped.value.exit_code, str(stopped.value), controller.state.step
