@@ -38,12 +38,9 @@ def run_ranks(fn: Callable[..., Any], *args: Any, world: int = 2, timeout_s: flo
     Raises:
         RankError: with the traceback of the rank that failed first, or the stacks of those that hung.
     """
-    fork = multiprocessing.get_context("fork")
     with tempfile.TemporaryDirectory(prefix="ranks-") as name:
         folder = Path(name)
-        processes = [fork.Process(target=_run_rank, args=(fn, args, rank, world, folder, timeout_s)) for rank in range(world)]
-        for process in processes:
-            process.start()
+        processes = start_ranks(fn, *args, world=world, folder=folder, timeout_s=timeout_s)
         try:
             unfinished = _wait(processes, timeout_s + 0.5)  # by then the stacks are written
         finally:
@@ -58,6 +55,17 @@ def run_ranks(fn: Callable[..., Any], *args: Any, world: int = 2, timeout_s: flo
             if not _value(folder, rank).exists():
                 raise RankError(f"rank {rank} of {world} ended without a word, exit code {process.exitcode}")
         return [pickle.loads(_value(folder, rank).read_bytes()) for rank in range(world)]
+
+
+def start_ranks(fn: Callable[..., Any], *args: Any, world: int, folder: Path, timeout_s: float = 60.0) -> list[BaseProcess]:
+    """Start the ranks of `run_ranks` and leave them alone, for tests that kill some. What they return or raise lies in `folder`."""
+    fork = multiprocessing.get_context("fork")
+    processes: list[BaseProcess] = [
+        fork.Process(target=_run_rank, args=(fn, args, rank, world, folder, timeout_s)) for rank in range(world)
+    ]
+    for process in processes:
+        process.start()
+    return processes
 
 
 class Collectives(TorchDispatchMode):

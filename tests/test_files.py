@@ -89,7 +89,7 @@ def test_killed_writer_is_invisible_and_swept(tmp_path: Path) -> None:
     ("harm", "message"),
     [
         (lambda path: path.unlink(), "missing"),
-        (lambda path: path.write_bytes(path.read_bytes()[:-1]), "has 199 bytes, manifest.json says 200"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-1]), "has 199 bytes, the manifest says 200"),
         (lambda path: path.write_bytes(bytes([1]) + path.read_bytes()[1:]), "SHA-256"),
     ],
 )
@@ -242,7 +242,7 @@ def test_unchanged_files_are_hashed_once(tmp_path: Path, monkeypatch: pytest.Mon
         reads.append(path.name)
         return sha256_file(path)
 
-    monkeypatch.setattr(files, "sha256_file", counted)
+    monkeypatch.setattr(files.fingerprints, "sha256_file", counted)
     rows, memo = tmp_path / "rows.jsonl", tmp_path / "memo.json"
     rows.write_text("1")
     settle(tmp_path)

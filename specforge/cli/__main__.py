@@ -14,7 +14,9 @@ from specforge.errors import SpecForgeError
 COMMANDS = {
     "train": "train a draft model (under torchrun for several processes)",
     "prepare": "tokenise, show, regenerate answers with the target, capture its features",
+    "produce": "make features for a training that reads them while it runs (features.source=shared)",
     "eval": "measure a checkpoint on held-out answers",
+    "doctor": "say what this machine and a configuration lack for training",
     "demo": "the whole story in minutes: embedded target, train, kill, resume, measure",
 }
 

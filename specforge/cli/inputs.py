@@ -19,7 +19,11 @@ from specforge.distributed import World
 from specforge.errors import ConfigError
 from specforge.eval.cache import EvalCache
 from specforge.features.capture import capture_features
+from specforge.features.online import OnlineFeatureStore
+from specforge.features.producer import Producer
 from specforge.features.regenerate import Regenerated, regenerate
+from specforge.features.shared import SharedDirFeatureStore
+from specforge.features.source import FeatureStore
 from specforge.features.store import FeatureMeta, LocalFeatureStore
 from specforge.features.tables import TargetTables
 from specforge.features.target import Target, aux_layer_ids
@@ -36,7 +40,8 @@ class Paths:
     @classmethod
     def of(cls, config: RunConfig) -> "Paths":
         run = Path(config.output_dir)
-        return cls(run, Path(config.features.path or run / "features" / "train"), Path(config.features.cache_dir or run / "features"))
+        folder = "shared" if config.features.source == "shared" else "train"
+        return cls(run, Path(config.features.path or run / "features" / folder), Path(config.features.cache_dir or run / "features"))
 
 
 def load_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
@@ -166,8 +171,22 @@ def capture(config: RunConfig, split: str, folder: Path, meta: FeatureMeta, targ
     )  # fmt: skip
 
 
-def train_store(config: RunConfig, meta: FeatureMeta, target: Callable[[], Target], world: World) -> LocalFeatureStore:
-    """The training features: captured if they are not there, refused if they are of another target or layer set."""
+def train_store(config: RunConfig, meta: FeatureMeta, target: Callable[[], Target], world: World) -> FeatureStore:
+    """The training features from `features.source`; those of another target or layer set are refused."""
+    features, folder = config.features, Paths.of(config).features
+    if features.source == "offline":
+        return captured_store(config, meta, target, world)
+    samples = encode(config, "train").samples
+    if features.source == "online":
+        return OnlineFeatureStore(samples, meta, target, features.capture_tokens)
+    return SharedDirFeatureStore(
+        folder, samples, meta, world, capture_tokens=features.capture_tokens, ahead=features.ahead_steps,
+        wait_s=features.wait_s, retain_on_release=features.retain,
+    )  # fmt: skip
+
+
+def captured_store(config: RunConfig, meta: FeatureMeta, target: Callable[[], Target], world: World) -> LocalFeatureStore:
+    """The training features on disk, captured if they are not there."""
     folder = Paths.of(config).features
     if not world.on_main(folder.is_dir):
         capture(config, "train", folder, meta, target, world)
@@ -178,6 +197,13 @@ def train_store(config: RunConfig, meta: FeatureMeta, target: Callable[[], Targe
     return store
 
 
+def producer(config: RunConfig, world: World) -> Producer:
+    """What makes this configuration's training features in a shared folder."""
+    meta = feature_meta(config, read_tables(config), world)
+    samples = encode(config, "train").samples
+    return Producer(Paths.of(config).features, samples, meta, LazyTarget(config, world), wait_s=config.features.wait_s)
+
+
 def eval_store(config: RunConfig, meta: FeatureMeta, target: Callable[[], Target], world: World) -> LocalFeatureStore:
     """The evaluation features, produced at most once per identity."""
     identity = eval_config(config, meta.aux_layer_ids)
@@ -186,8 +212,8 @@ def eval_store(config: RunConfig, meta: FeatureMeta, target: Callable[[], Target
     return LocalFeatureStore(entry / "store")
 
 
-def prepare_features(config: RunConfig, tables: TargetTables, world: World) -> tuple[LocalFeatureStore, LocalFeatureStore]:
-    """Held-out and training features, captured where they are not there yet."""
+def prepare_features(config: RunConfig, tables: TargetTables, world: World) -> tuple[LocalFeatureStore, FeatureStore]:
+    """Held-out and training features; what is kept is captured where it is not there yet."""
     meta, target = feature_meta(config, tables, world), LazyTarget(config, world)
     return eval_store(config, meta, target, world), train_store(config, meta, target, world)
 

@@ -44,7 +44,9 @@ def run(words: Sequence[str]) -> int:
             line = f"{done.answered} answers in {given.regenerate}, {ended} ended by themselves; {done.too_long} prompts were too long"
         else:
             heldout, train = inputs.prepare_features(config, inputs.read_tables(config), world)
-            line = f"features of {len(train)} training samples in {train.folder}, of {len(heldout)} held-out samples in {heldout.folder}"
+            line = f"features of {len(heldout)} held-out samples in {heldout.folder}"
+            if config.features.source == "offline":
+                line = f"features of {len(train)} training samples in {inputs.Paths.of(config).features}, {line.removeprefix('features ')}"
         if world.is_main:
             print(line)
     finally:

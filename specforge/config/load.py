@@ -7,7 +7,10 @@ from typing import Any, cast
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError  # type: ignore[import-untyped]
 
+from specforge import files
+from specforge.config.document import read_document
 from specforge.config.methods import registered
 from specforge.config.schema import RunConfig
 from specforge.errors import ConfigError
@@ -22,10 +25,9 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> RunCo
     for word in overrides:
         if "=" not in word:
             raise ConfigError(f"override {word!r}: must have the form section.key=value; for example train.steps=100.")
-    if path is not None and not Path(path).is_file():
-        raise ConfigError(f"configuration file {str(path)!r}: there is no such file; give the path of a YAML file.")
+    text = read_document(Path(path)) if path is not None else ""
     try:
-        given = OmegaConf.merge(*([OmegaConf.load(path)] if path is not None else []), OmegaConf.from_dotlist(list(overrides)))
+        given = OmegaConf.merge(OmegaConf.create(text), OmegaConf.from_dotlist(list(overrides)))
         name = OmegaConf.select(given, "method.name", default="eagle3")
         schema = OmegaConf.structured(RunConfig)
         OmegaConf.set_readonly(schema.method, False)
@@ -36,6 +38,10 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> RunCo
         key = getattr(error, "full_key", None)
         reason = str(error).splitlines()[0]
         raise ConfigError(f"configuration key {key or '?'}: {reason} Correct it in the file or on the command line.") from error
+    except (YAMLError, ValueError, TypeError, AttributeError, RecursionError) as error:  # of a value that YAML or OmegaConf cannot make
+        raise ConfigError(
+            f"configuration {path or list(overrides)}: {files.shown(error)}; correct the file or the command line."
+        ) from error
 
 
 def to_dict(config: RunConfig) -> dict[str, Any]:

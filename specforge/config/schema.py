@@ -70,19 +70,29 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class FeatureConfig:
-    """Where the target's features are kept."""
+    """Where the target's features come from and where they are kept."""
 
+    source: Literal["offline", "online", "shared"] = "offline"
+    """offline: captured before the training and kept; online: the target runs in the training process, nothing is kept;
+    shared: `specforge produce` makes them in other processes, a few steps ahead of the training."""
     path: str = ""
-    """Feature store of the training rows; empty: `output_dir/features/train`."""
+    """Folder of the training features; empty: `output_dir/features/train`, or `.../shared` for that source."""
     cache_dir: str = ""
     """Root of the evaluation cache; empty: `output_dir/features`."""
     capture_tokens: int = 8192
-    """Tokens of one forward pass of the target."""
+    """Tokens of one forward pass of the target, padding included; 1: every sample alone, so that all sources give the same bits."""
     shard_mib: int = 256
     """Size at which a new shard begins."""
+    ahead_steps: int = 8
+    """Source `shared`: features of so many optimiser steps are on the disk at a time."""
+    retain: bool = False
+    """Source `shared`: keep what was read, so that it can be read again; the disk is then not bounded."""
+    wait_s: float = 3600.0
+    """Source `shared`: how long trainer and producers wait for each other before they give up."""
 
     def __post_init__(self) -> None:
-        _require_at_least("features", 1, capture_tokens=self.capture_tokens, shard_mib=self.shard_mib)
+        _require_at_least("features", 1, capture_tokens=self.capture_tokens, shard_mib=self.shard_mib, ahead_steps=self.ahead_steps)
+        _require(self.wait_s > 0, "features.wait_s", self.wait_s, "must be positive", "an hour is 3600")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import json
 import logging
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -61,9 +62,9 @@ class EvalCache:
         alone looks, locks and publishes; the others learn its verdict by polling a file, since it may wait for hours.
 
         Raises:
-            FeatureError: `produce` wrote nothing, or another rank failed.
+            FeatureError: `produce` wrote nothing, nothing can be written, or another rank failed or died.
         """
-        with Rendezvous(self.root, world or World()) as meeting:
+        with files.writable(self.root, FeatureError), Rendezvous(self.root, world or World()) as meeting:
             if meeting.world.is_main:
                 return self._decide(config, produce, meeting)
             staging_dir = meeting.hear("staging")
@@ -81,7 +82,7 @@ class EvalCache:
         """Remove the entry of `config`; returns whether there was one."""
         key = self.key(config)
         with self._lock(key):
-            there = (self.root / key).exists()
+            there = os.path.lexists(self.root / key)
             if there:
                 files.discard(self.root / key)
         return there
@@ -90,7 +91,7 @@ class EvalCache:
         identity = self.identity(config)
         key = _digest(identity)
         entry = self.root / key
-        with self._lock(key):
+        with meeting.holding(self._lock(key)):
             if self._is_intact(entry):
                 meeting.tell("staging", None)
             else:
@@ -99,7 +100,7 @@ class EvalCache:
         return entry
 
     def _produce(self, entry: Path, identity: dict[str, Any], produce: Callable[[Path], object], meeting: Rendezvous) -> None:
-        if entry.exists():
+        if os.path.lexists(entry):
             files.discard(entry)
         files.sweep(entry)
         notes = {"key": entry.name, "identity": identity}
@@ -114,9 +115,11 @@ class EvalCache:
                 )
 
     def _is_intact(self, entry: Path) -> bool:
-        if not entry.is_dir():
+        if not os.path.lexists(entry):
             return False
         try:
+            if entry.is_symlink() or not entry.is_dir():
+                raise FeatureError(f"{entry}: must be a folder of its own; it is a file or a link.")
             files.verify(entry, FeatureError, manifest_name=META, fingerprints=self._fingerprints)
         except FeatureError as damage:
             _log.warning("evaluation features are damaged and will be produced again: %s", damage)

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from specforge.features.store import LocalFeatureStore, SampleFeatures
+from specforge.features.store import FeatureMeta, LocalFeatureStore, SampleFeatures
 from specforge.layers.documents import Documents
 
 
@@ -46,16 +46,12 @@ class DraftBatch:
         )  # fmt: skip
 
     @classmethod
-    def empty_like(cls, sample: SampleFeatures) -> "DraftBatch":
+    def empty(cls, meta: FeatureMeta) -> "DraftBatch":
         """A batch that weighs nothing: three tokens, none supervised. It keeps a rank without samples in step."""
-
-        def zeros(tensor: torch.Tensor) -> torch.Tensor:
-            return torch.zeros((3, *tensor.shape[1:]), dtype=tensor.dtype)
-
-        return cls(
-            (), (), Documents((3,)), zeros(sample.input_ids), zeros(sample.loss_mask).bool(),
-            zeros(sample.aux), zeros(sample.last), zeros(sample.argmax), zeros(sample.logsumexp),
-        )  # fmt: skip
+        ids, dtype = torch.zeros(3, dtype=torch.int32), getattr(torch, meta.dtype)
+        aux = torch.zeros(3, len(meta.aux_layer_ids) * meta.hidden_size, dtype=dtype)
+        last = torch.zeros(3, meta.hidden_size, dtype=dtype)
+        return cls((), (), Documents((3,)), ids, torch.zeros(3, dtype=torch.bool), aux, last, ids.clone(), torch.zeros(3))
 
     def to(self, device: torch.device) -> "DraftBatch":
         tensors = ("input_ids", "loss_mask", "aux", "last", "argmax", "logsumexp")

@@ -9,7 +9,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -96,10 +96,10 @@ def plan_shards(lengths: Sequence[int], bytes_per_token: int, capture_tokens: in
     return [*shards, range(first, len(lengths))] if lengths else []
 
 
-def forwards(numbers: range, lengths: Sequence[int], capture_tokens: int) -> Iterator[list[int]]:
-    """The samples of one shard in groups of like length, each at most `capture_tokens` when padded to its longest."""
+def forwards(numbers: Iterable[int], lengths: Sequence[int] | Mapping[int, int], capture_tokens: int) -> Iterator[list[int]]:
+    """The samples in groups of like length, each at most `capture_tokens` when padded to its longest; each sample once."""
     group: list[int] = []
-    for number in sorted(numbers, key=lambda number: (-lengths[number], number)):
+    for number in sorted(set(numbers), key=lambda number: (-lengths[number], number)):
         if group and lengths[group[0]] * (len(group) + 1) > capture_tokens:
             yield group
             group = []
@@ -110,11 +110,21 @@ def forwards(numbers: range, lengths: Sequence[int], capture_tokens: int) -> Ite
 
 def _plan_of(samples: Sequence[Sample], meta: FeatureMeta, capture_tokens: int, shard_bytes: int) -> dict[str, object]:
     require_unique([sample.id for sample in samples])
+    return {
+        "meta": dataclasses.asdict(meta),
+        "samples": samples_sha256(samples),
+        "capture_tokens": capture_tokens,
+        "shard_bytes": shard_bytes,
+    }
+
+
+def samples_sha256(samples: Sequence[Sample]) -> str:
+    """Hash of the samples in their order: ids, domains, tokens and masks."""
     content = hashlib.sha256()
     for sample in samples:
         content.update(json.dumps([sample.id, sample.domain, len(sample.input_ids)]).encode())
         content.update(sample.input_ids.tobytes() + sample.loss_mask.tobytes())
-    return {"meta": dataclasses.asdict(meta), "samples": content.hexdigest(), "capture_tokens": capture_tokens, "shard_bytes": shard_bytes}
+    return content.hexdigest()
 
 
 def _begin(folder: Path, work: Path, plan: dict[str, object]) -> None:
@@ -161,21 +171,19 @@ def _capture_shards(
         return
     lengths = [len(sample.input_ids) for sample in samples]
     target = load_target()
-    _check_kind(target, meta)
+    check_kind(target, meta)
     total = sum(lengths[i] for number in mine for i in shards[number])
     with ThreadPoolExecutor(1) as writer, tqdm(total=total, unit="tok", desc="capture", disable=None if world.is_main else True) as bar:
         writing: Future[None] = writer.submit(lambda: None)
         for number in mine:
-            captured: dict[int, SampleFeatures] = {}
-            for group in forwards(shards[number], lengths, capture_tokens):
-                captured.update(zip(group, capture_group(target, [samples[i] for i in group], meta.aux_layer_ids), strict=True))
-                bar.update(sum(lengths[i] for i in group))
+            captured = capture_samples(target, samples, shards[number], capture_tokens, meta.aux_layer_ids, bar.update)
             writing.result()
             writing = writer.submit(_write, work, number, [captured[i] for i in shards[number]])
         writing.result()
 
 
-def _check_kind(target: Target, meta: FeatureMeta) -> None:
+def check_kind(target: Target, meta: FeatureMeta) -> None:
+    """Raises FeatureError unless `target` gives features of dtype, width and vocabulary `meta`."""
     given = (str(target.dtype).removeprefix("torch."), target.hidden_size, target.vocab_size)
     wanted = (meta.dtype, meta.hidden_size, meta.vocab_size)
     if given != wanted:
@@ -183,6 +191,23 @@ def _check_kind(target: Target, meta: FeatureMeta) -> None:
             f"target {target.path!r}: dtype, hidden size and vocabulary are {given}, "
             f"the features are declared as {wanted}; declare what it has."
         )
+
+
+def capture_samples(
+    target: Target,
+    samples: Sequence[Sample],
+    numbers: Sequence[int],
+    capture_tokens: int,
+    aux_layer_ids: Sequence[int],
+    tell_tokens: Callable[[int], object] = lambda tokens: None,
+) -> dict[int, SampleFeatures]:
+    """Features by sample number. They depend on nothing but the target and which samples share a forward."""
+    lengths = {number: len(samples[number].input_ids) for number in numbers}
+    captured: dict[int, SampleFeatures] = {}
+    for group in forwards(numbers, lengths, capture_tokens):
+        captured.update(zip(group, capture_group(target, [samples[number] for number in group], aux_layer_ids), strict=True))
+        tell_tokens(sum(lengths[number] for number in group))
+    return captured
 
 
 def capture_group(target: Target, samples: Sequence[Sample], aux_layer_ids: Sequence[int]) -> list[SampleFeatures]:

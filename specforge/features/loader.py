@@ -4,16 +4,17 @@ The only position is an integer in the global sample order, so it means the same
 nothing.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
-from specforge.data.order import SampleOrder
 from specforge.data.packing import pack
 from specforge.distributed import World
 from specforge.errors import DataError
 from specforge.features.batch import DraftBatch
-from specforge.features.store import LocalFeatureStore
+from specforge.features.source import FeatureStore
+from specforge.features.span import Span, Spans
+from specforge.features.store import SampleFeatures
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class FeatureDataLoader:
 
     def __init__(
         self,
-        store: LocalFeatureStore,
+        store: FeatureStore,
         seed: int,
         batch_samples: int,
         micro_batch_tokens: int,
@@ -42,14 +43,12 @@ class FeatureDataLoader:
     ) -> None:
         if len(store) < world.size:
             raise DataError(f"{len(store)} training samples for {world.size} ranks: every rank needs one; use fewer ranks or more data.")
-        self._store = store
-        self._order = SampleOrder(len(store), seed)
-        self._batch_samples = batch_samples
-        self._budget_tokens = micro_batch_tokens
-        self._total_samples = total_samples
-        self._world = world
         excluded = set(exclude_ids)
-        self._excluded = {index for index, sample_id in enumerate(store.ids) if sample_id in excluded}
+        numbers = tuple(number for number, sample_id in enumerate(store.ids) if sample_id in excluded)
+        self._store = store
+        self._spans = Spans(len(store), seed, batch_samples, total_samples, numbers)
+        self._budget_tokens = micro_batch_tokens
+        self._world = world
         self.position = 0
 
     def seek(self, samples: int) -> None:
@@ -57,27 +56,28 @@ class FeatureDataLoader:
         self.position = samples
 
     def __iter__(self) -> Iterator[Window]:
-        with ThreadPoolExecutor(1, "feature-reader") as reader:
-            ahead = self._submit(reader, self.position)
+        with ThreadPoolExecutor(1, "feature-reader") as reader, self._store.reading(self._spans, self.position):
+            ahead = self._submit(reader, self._spans.at(self.position))
             while ahead is not None:
-                window = ahead.result()
-                ahead = self._submit(reader, self.position + window.samples)
-                self.position += window.samples
+                span, window = ahead.result()
+                ahead = self._submit(reader, self._spans.at(span.end))
+                self.position = span.end
                 yield window
+                self._store.release(span)  # that step is done, so every rank had its part
 
-    def _submit(self, reader: ThreadPoolExecutor, position: int) -> "Future[Window] | None":
-        count = min(self._batch_samples, self._total_samples - position)
-        return reader.submit(self._read, position, count) if count > 0 else None
+    def _submit(self, reader: ThreadPoolExecutor, span: Span | None) -> "Future[tuple[Span, Window]] | None":
+        return None if span is None else reader.submit(lambda: (span, self._read(span)))
 
-    def _read(self, position: int, count: int) -> Window:
-        samples = [int(index) for index in self._order.ids(position, count) if int(index) not in self._excluded]
-        lengths = [int(self._store.lengths[index]) for index in samples]
-        mine = pack(lengths, self._budget_tokens, self._world.size)[self._world.rank]
-        batches = []
-        for places in mine:
-            chosen = [samples[place] for place in places]
-            if chosen:
-                batches.append(DraftBatch.read(self._store, chosen))
-            else:
-                batches.append(DraftBatch.empty_like(self._store.read(0)))
-        return Window(count, tuple(batches))
+    def _read(self, span: Span) -> Window:
+        lengths = [int(self._store.lengths[number]) for number in span.samples]
+        batches = [
+            [span.samples[place] for place in places] for places in pack(lengths, self._budget_tokens, self._world.size)[self._world.rank]
+        ]
+        mine = [number for batch in batches for number in batch]
+        features = dict(zip(mine, self._store.take(span, mine), strict=True))
+        return Window(span.count, tuple(self._packed(batch, features) for batch in batches))
+
+    def _packed(self, numbers: list[int], features: Mapping[int, SampleFeatures]) -> DraftBatch:
+        if not numbers:
+            return DraftBatch.empty(self._store.meta)
+        return DraftBatch.pack(numbers, [features[number] for number in numbers], [self._store.ids[number] for number in numbers])

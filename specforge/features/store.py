@@ -17,14 +17,13 @@ from typing import Any, Protocol, Self
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save
 
 from specforge import files
 from specforge.errors import FeatureError
-
-INDEX = "index.json"
-STORE_FORMAT = 1
+from specforge.features.index import DTYPES, INDEX, STORE_FORMAT, check_shard, read_index
+from specforge.features.span import Span, Spans
 
 
 class Sample(Protocol):
@@ -40,6 +39,11 @@ class Sample(Protocol):
     def loss_mask(self) -> np.ndarray: ...
     @property
     def truncated(self) -> bool: ...
+
+
+def bytes_per_token(num_aux_layers: int, hidden_size: int, dtype: str) -> int:
+    """Captured layers and last hidden state, and beside them id, mask, arg-max and logsumexp."""
+    return (num_aux_layers + 1) * hidden_size * getattr(torch, dtype).itemsize + 4 + 1 + 4 + 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,8 +66,7 @@ class FeatureMeta:
 
     @property
     def bytes_per_token(self) -> int:
-        width = (len(self.aux_layer_ids) + 1) * self.hidden_size
-        return width * getattr(torch, self.dtype).itemsize + 4 + 1 + 4 + 4
+        return bytes_per_token(len(self.aux_layer_ids), self.hidden_size, self.dtype)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
@@ -105,9 +108,9 @@ def shard_name(number: int) -> str:
     return f"features-{number:05d}.safetensors"
 
 
-def write_shard(path: Path, features: Sequence[SampleFeatures]) -> ShardRecord:
-    """Write the samples end to end; the file is complete or absent."""
-    data = save({name: torch.cat([getattr(sample, name) for sample in features]).cpu() for name in TENSORS})
+def write_shard(path: Path, features: Sequence[SampleFeatures], notes: dict[str, str] | None = None) -> ShardRecord:
+    """Write the samples end to end, `notes` into the header; the file is complete or absent."""
+    data = save({name: torch.cat([getattr(sample, name) for sample in features]).cpu() for name in TENSORS}, notes)
     files.write_bytes(path, data)
     return ShardRecord(path.name, len(data), hashlib.sha256(data).hexdigest())
 
@@ -205,9 +208,7 @@ class LocalFeatureStore:
         if not self.folder.is_dir():
             raise FeatureError(f"features.path={str(folder)!r}: there is no such folder; capture the features first (specforge prepare).")
         files.verify(self.folder, FeatureError, sizes_only=True)
-        index = files.read_json(self.folder / INDEX, FeatureError)
-        if index["format"] != STORE_FORMAT:
-            raise FeatureError(f"{self.folder}: store format {index['format']} is not {STORE_FORMAT}; capture the features again.")
+        index = read_index(self.folder)
         self.meta = FeatureMeta.from_dict(index["meta"])
         self.ids: list[str] = index["ids"]
         self.domains: list[str] = index["domains"]
@@ -217,6 +218,7 @@ class LocalFeatureStore:
         self.unsupervised: int = index["unsupervised"]
         self._shard: list[int] = index["shard"]
         self._offset: list[int] = index["offset"]
+        self._shard_rows: list[int] = index["shard_rows"]
         self._open: dict[int, safe_open] = {}
 
     def __len__(self) -> int:
@@ -228,6 +230,15 @@ class LocalFeatureStore:
 
     def read(self, number: int) -> SampleFeatures:
         return SampleFeatures(**{name: self._rows(number, name) for name in TENSORS})
+
+    def reading(self, spans: Spans, position: int) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+    def take(self, span: Span, numbers: Sequence[int]) -> list[SampleFeatures]:
+        return [self.read(number) for number in numbers]
+
+    def release(self, span: Span) -> None:
+        """A store on disk stays as it is and can be read again."""
 
     def tokens(self, number: int) -> tuple[torch.Tensor, torch.Tensor]:
         """input_ids [S] int32 and loss_mask [S] bool, without touching the features."""
@@ -275,8 +286,16 @@ class LocalFeatureStore:
     def _handle(self, shard: int) -> safe_open:
         if shard not in self._open:
             path = self.folder / shard_name(shard)
-            try:
-                self._open[shard] = safe_open(path, framework="pt")
-            except SafetensorError as cause:
-                raise FeatureError(f"{path}: is not a readable shard ({cause}); capture the features in {self.folder} again.") from cause
+            opened = files.open_tensors(path, FeatureError)
+            check_shard(path, opened, self._shapes(shard))
+            self._open[shard] = opened
         return self._open[shard]
+
+    def _shapes(self, shard: int) -> dict[str, tuple[str, list[int]]]:
+        """Data type and shape of each tensor of a shard."""
+        rows = self._shard_rows[shard]
+        feature, hidden = DTYPES[self.meta.dtype], self.meta.hidden_size
+        return {
+            "input_ids": ("I32", [rows]), "loss_mask": ("BOOL", [rows]), "argmax": ("I32", [rows]), "logsumexp": ("F32", [rows]),
+            "aux": (feature, [rows, hidden * len(self.aux_layer_ids)]), "last": (feature, [rows, hidden]),
+        }  # fmt: skip

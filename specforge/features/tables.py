@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig
+from transformers import AutoConfig, PretrainedConfig
 
 from specforge import files
 from specforge.errors import FeatureError
@@ -15,6 +14,7 @@ from specforge.errors import FeatureError
 _EMBEDDING_NAMES = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight", "tok_embeddings.weight")
 _HEAD_NAMES = ("lm_head.weight", "embed_out.weight")
 _WEIGHTS_INDEX = "model.safetensors.index.json"
+_LARGEST_COUNT = 2**16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,12 +39,17 @@ class TargetConfig:
     @classmethod
     def read(cls, folder: Path) -> "TargetConfig":
         """Raises FeatureError where `folder` has no configuration that transformers understands."""
-        try:
-            whole = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        except (OSError, ValueError, KeyError) as cause:
-            raise FeatureError(
-                f"model.target_path={str(folder)!r}: its config.json cannot be read ({cause}); give a Hugging Face model folder."
-            ) from cause
+        path = folder / "config.json"
+        if not path.exists():
+            raise FeatureError(f"model.target_path={str(folder)!r}: there is no config.json; give a Hugging Face model folder.")
+        _check_counts(files.read_object(path, FeatureError), path)
+        with files.foreign(path, FeatureError, "model.target_path must be a Hugging Face model folder"):
+            found = cls._of(AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False), folder)
+        files.check_fields(vars(found), str(path), FeatureError, **files.kinds_of(cls))
+        return found
+
+    @classmethod
+    def _of(cls, whole: PretrainedConfig, folder: Path) -> "TargetConfig":
         config = whole.get_text_config()
         heads = config.num_attention_heads
         return cls(
@@ -65,14 +70,25 @@ class TargetConfig:
         )
 
 
-def _eos_token_ids(folder: Path, configured: int | list[int] | None) -> tuple[int, ...]:
+def _check_counts(values: Any, path: Path) -> None:
+    """Libraries make lists as long as a configuration says, for each layer or label; `values` is a part of one."""
+    for value in values.values() if isinstance(values, dict) else values:
+        if isinstance(value, dict | list):
+            _check_counts(value, path)
+    for name, value in values.items() if isinstance(values, dict) else ():
+        if name.startswith("num_") and isinstance(value, int | float) and not 0 <= value <= _LARGEST_COUNT:
+            raise FeatureError(f"{path}: {name}={files.shown(value)} must lie between 0 and {_LARGEST_COUNT}; download the target again.")
+
+
+def _eos_token_ids(folder: Path, configured: Any) -> tuple[int, ...]:
     """The ids that end an answer: those of generation_config.json, which chat models keep complete, else config.json's."""
     generation = folder / "generation_config.json"
-    ids = files.read_json(generation, FeatureError).get("eos_token_id") if generation.is_file() else None
+    ids = files.read_object(generation, FeatureError).get("eos_token_id") if generation.exists() else None
     ids = configured if ids is None else ids
-    if ids is None:
-        return ()
-    return tuple(ids) if isinstance(ids, list) else (ids,)
+    listed = ids if isinstance(ids, list) else [] if ids is None else [ids]
+    if not all(files.is_a(token, int) for token in listed):
+        raise FeatureError(f"{folder}: eos_token_id={files.shown(ids)} must be a token id or a list of them; download the target again.")
+    return tuple(listed)
 
 
 @dataclass(frozen=True)
@@ -108,12 +124,12 @@ class TargetTables:
 
 
 def _file_of_each_key(folder: Path) -> dict[str, Path]:
-    if (folder / _WEIGHTS_INDEX).is_file():
-        listed = files.read_json(folder / _WEIGHTS_INDEX, FeatureError)["weight_map"]
+    if (folder / _WEIGHTS_INDEX).exists():
+        listed = files.read_object(folder / _WEIGHTS_INDEX, FeatureError, weight_map=dict)["weight_map"]
         return {key: files.inside(folder, name, FeatureError) for key, name in listed.items()}
     file_of = {}
     for path in sorted(folder.glob("*.safetensors")):
-        with _opened(path) as tensors:
+        with files.open_tensors(path, FeatureError) as tensors:
             file_of.update(dict.fromkeys(tensors.keys(), path))
     return file_of
 
@@ -125,17 +141,11 @@ def _key_for(names: tuple[str, ...], file_of: Mapping[str, Path]) -> str | None:
 
 
 def _read_table(key: str, file_of: Mapping[str, Path], config: TargetConfig) -> torch.Tensor:
-    with _opened(file_of[key]) as tensors:
-        table = tensors.get_tensor(key)
-    if table.dim() != 2 or table.shape[1] != config.hidden_size:
+    with files.open_tensors(file_of[key], FeatureError) as tensors:
+        table = tensors.get_tensor(key) if key in tensors.keys() else torch.empty(0)  # noqa: SIM118
+    if table.dim() != 2 or table.shape[1] != config.hidden_size or table.shape[0] < config.vocab_size or not table.is_floating_point():
         raise FeatureError(
-            f"{file_of[key]}: {key} has shape {list(table.shape)}, not [vocabulary, {config.hidden_size}]; choose an unquantised target."
+            f"{file_of[key]}: {key} is {table.dtype} of shape {list(table.shape)}, not numbers of shape "
+            f"[{config.vocab_size} or more, {config.hidden_size}]; choose an unquantised target."
         )
     return table
-
-
-def _opened(path: Path) -> safe_open:
-    try:
-        return safe_open(path, framework="pt")
-    except (SafetensorError, FileNotFoundError) as cause:
-        raise FeatureError(f"{path}: is missing or not readable as safetensors ({cause}); download the target again.") from cause

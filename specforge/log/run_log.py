@@ -14,6 +14,7 @@ from specforge import files
 from specforge.distributed import World
 from specforge.errors import ConfigError, DataError
 
+_LARGEST_MIB = 4096
 Numbers = Mapping[str, float | list[float]]
 
 
@@ -91,18 +92,22 @@ def read_metrics(path: Path, superseded: bool = True) -> list[dict[str, Any]]:
     A last line that a crash tore is skipped. Without `superseded`, lines are left out whose step a later resume or fork took back.
 
     Raises:
-        DataError: another line is not JSON.
+        DataError: another line is not a JSON object with a step or an event.
     """
     lines: list[dict[str, Any]] = []
-    texts = path.read_text().split("\n") if path.exists() else [""]
+    texts = files.read_bytes(path, DataError, _LARGEST_MIB).split(b"\n") if path.exists() else [b""]
     for number, text in enumerate(texts, start=1):
         try:
-            if text:
-                lines.append(_with_nan(json.loads(text)))
-        except json.JSONDecodeError as error:
+            line: Any = files.parse_json(text) if text else None
+        except ValueError as error:
             if number == len(texts):
                 break
             raise DataError(f"{path} line {number}={text[:40]!r}: must be a JSON object; restore the file, or delete the line.") from error
+        if text:
+            known = isinstance(line, dict) and "event" in line
+            stepped = not known or "superseded_to_step" in line
+            files.check_fields(line, f"{path} line {number}", DataError, **({"step": int} if stepped else {}))
+            lines.append(_with_nan(line))
     return lines if superseded else _without_superseded(lines)
 
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, Protocol, Self
 import torch
 
 from specforge.features.batch import DraftBatch
-from specforge.features.store import LocalFeatureStore
+from specforge.features.source import FeatureStore
 from specforge.features.tables import TargetTables
 
 
@@ -40,7 +40,7 @@ class Method(Protocol):
     """K: how many tokens the method drafts from one start."""
 
     @classmethod
-    def build(cls, options: Any, tables: TargetTables, store: LocalFeatureStore, seed: int) -> Self: ...
+    def build(cls, options: Any, tables: TargetTables, store: FeatureStore, seed: int) -> Self: ...
 
     @classmethod
     def read(cls, options: Any, tables: TargetTables, folder: Path) -> Self: ...

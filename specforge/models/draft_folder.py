@@ -1,12 +1,11 @@
 """The part of a checkpoint that is the draft: `config.json` and safetensors shards, readable without a process group."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 
+from specforge import files
 from specforge.errors import CheckpointError
 
 
@@ -16,16 +15,9 @@ def read_draft_config(folder: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: there is none, or it is not a JSON object.
     """
-    path = folder / "config.json"
-    try:
-        config = json.loads(path.read_text())
-    except FileNotFoundError as error:
-        raise CheckpointError(f"draft folder {folder}: {path.name} is missing; give a step folder, RUN/latest or RUN/best.") from error
-    except json.JSONDecodeError as error:
-        raise CheckpointError(f"{path}: is not JSON ({error}); take another checkpoint.") from error
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{path}: must hold a JSON object; take another checkpoint.")
-    return config
+    if not (folder / "config.json").exists():
+        raise CheckpointError(f"draft folder {folder}: config.json is missing; give a step folder, RUN/latest or RUN/best.")
+    return files.read_object(folder / "config.json", CheckpointError)
 
 
 def read_draft_tensors(folder: Path, names: tuple[str, ...]) -> dict[str, torch.Tensor]:
@@ -36,7 +28,7 @@ def read_draft_tensors(folder: Path, names: tuple[str, ...]) -> dict[str, torch.
     """
     found = {}
     for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as shard:
+        with files.open_tensors(path, CheckpointError) as shard:
             found.update({name: shard.get_tensor(name) for name in names if name in shard.keys()})  # noqa: SIM118
     missing = sorted(set(names) - set(found))
     if missing:

@@ -178,7 +178,10 @@ class CheckpointManager:
         for name, tensors in tensors_of(backend).items():
             read_tensors(checkpoint.path / name, tensors, self.world)
         if stored["world_size"] == self.world.size:
-            randomness.restore(files.read_json(checkpoint.path / random_name(self.world), error=CheckpointError))
+            path = checkpoint.path / random_name(self.world)
+            stored_random = files.read_object(path, CheckpointError)
+            with files.foreign(path, CheckpointError, "take another checkpoint, or another world size, which begins new random streams"):
+                randomness.restore(stored_random)
         # A run that was killed after the rename and before `best_meta.json` left its best only here.
         known = self.world.on_main(lambda: best_of(self.folder, stored["best"]))
         if known is not None and self._beats(known.metric, known.score):

@@ -6,6 +6,7 @@ RUN/branch.json         the run id that writes here now, and where it began
 RUN/best_meta.json      checkpoint, step, score, metric, metrics
 """
 
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from typing import Any
 from specforge import files
 from specforge.distributed import World
 from specforge.errors import CheckpointError
+from specforge.training.state import TrainState
 
 FORMAT_VERSION = 2
 BRANCH = "branch.json"
@@ -66,28 +68,31 @@ def find_checkpoints(folder: Path) -> list[Checkpoint]:
 
 def read_branch(folder: Path) -> Branch | None:
     """What `branch.json` says; None where no run began here."""
-    return Branch(**_fields(folder / BRANCH, Branch)) if (folder / BRANCH).is_file() else None
+    return Branch(**_fields(folder / BRANCH, Branch)) if (folder / BRANCH).exists() else None
 
 
 def read_best(folder: Path) -> Best | None:
     """What `best_meta.json` says, unless its checkpoint is gone."""
-    return best_of(folder, _fields(folder / BEST, Best)) if (folder / BEST).is_file() else None
+    return best_of(folder, _fields(folder / BEST, Best)) if (folder / BEST).exists() else None
 
 
 def best_of(folder: Path, stored: Mapping[str, Any] | None) -> Best | None:
     """The best that was stored in a file of `folder`, unless its checkpoint is gone."""
     if stored is None:
         return None
-    best = Best(**stored)
+    best = Best(**_checked(stored, folder, Best))
     return best if (files.inside(folder, best.checkpoint, CheckpointError) / files.MANIFEST).is_file() else None
 
 
 def _fields(path: Path, kind: type[Branch] | type[Best]) -> dict[str, Any]:
-    stored = files.read_json(path, error=CheckpointError)
-    wanted = kind.__dataclass_fields__.keys()
-    if not isinstance(stored, dict) or not wanted <= stored.keys():
-        raise CheckpointError(f"{path}: must hold {', '.join(wanted)}; remove it, the checkpoints beside it are not touched.")
-    return {key: stored[key] for key in wanted}
+    return _checked(files.read_json(path, CheckpointError), path, kind)
+
+
+def _checked(stored: Mapping[str, Any], where: Path, kind: type[Branch] | type[Best]) -> dict[str, Any]:
+    """The fields of `kind` in what was read from a file."""
+    kinds = files.kinds_of(kind)
+    files.check_fields(stored, str(where), CheckpointError, **kinds)
+    return {name: stored[name] for name in kinds}
 
 
 def newest(folder: Path) -> Checkpoint | None:
@@ -113,7 +118,7 @@ def resolve(path: Path) -> Checkpoint:
         best = read_best(path.parent)
         found = next((checkpoint for checkpoint in complete if best and checkpoint.path.name == best.checkpoint), None)
     else:
-        folder = path.resolve()
+        folder = Path(os.path.realpath(path))
         found = next((checkpoint for checkpoint in find_checkpoints(folder.parent) if checkpoint.path.name == folder.name), None)
     if found is None:
         known = ", ".join(checkpoint.path.name for checkpoint in complete)
@@ -133,14 +138,18 @@ def read_state(checkpoint: Checkpoint, world: World) -> dict[str, Any]:
 
     def verified() -> dict[str, Any]:
         files.verify(checkpoint.path, error=CheckpointError)
-        return files.read_json(checkpoint.path / "state.json", error=CheckpointError)
+        path = checkpoint.path / "state.json"
+        stored = files.read_object(path, CheckpointError, format_version=int)
+        if stored["format_version"] != FORMAT_VERSION:
+            raise CheckpointError(
+                f"{checkpoint.path}: format_version is {stored['format_version']}, this version reads {FORMAT_VERSION}; "
+                "use a matching release."
+            )
+        kinds = {**files.kinds_of(TrainState), "world_size": int, "settings": dict, "best": dict | None}
+        files.check_fields(stored, str(path), CheckpointError, **kinds)
+        return stored
 
-    stored = world.on_main(verified)
-    if stored["format_version"] != FORMAT_VERSION:
-        raise CheckpointError(
-            f"{checkpoint.path}: format_version is {stored['format_version']}, this version reads {FORMAT_VERSION}; use a matching release."
-        )
-    return stored
+    return world.on_main(verified)
 
 
 def changed_settings(stored: Mapping[str, Any], current: Mapping[str, Any], prefix: str = "") -> list[str]:

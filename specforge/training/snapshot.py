@@ -11,6 +11,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from specforge import files
 from specforge.distributed import World, randomness
@@ -66,8 +67,9 @@ def read_tensors(folder: Path, tensors: dict[str, torch.Tensor], world: World) -
     """Fill `tensors`, sharded in whatever way, from a folder that any number of ranks wrote.
 
     Raises:
-        CheckpointError: a tensor is missing or has another shape.
+        CheckpointError: a tensor is missing, not complete, or of another shape or data type.
     """
+    world.on_main(lambda: _check(folder, tensors))
     try:
         dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=world.size == 1)
     except CheckpointException as error:
@@ -75,6 +77,29 @@ def read_tensors(folder: Path, tensors: dict[str, torch.Tensor], world: World) -
         raise CheckpointError(
             f"{folder}: cannot be loaded into this draft: {reason}. Take a checkpoint of the same method and model."
         ) from error
+
+
+def _check(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Torch's reader would convert another data type, and leave rows as they are that no shard holds."""
+    for path in sorted(folder.glob("*.safetensors")):
+        files.open_tensors(path, CheckpointError)
+    with files.foreign(folder, CheckpointError, "take another checkpoint"):
+        stored = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
+    for name, tensor in tensors.items():
+        found = stored.get(name)
+        if not isinstance(found, TensorStorageMetadata):
+            wrong = "is missing"
+        elif (found.size, found.properties.dtype) != (tensor.shape, tensor.dtype):
+            wrong = f"is {found.properties.dtype} of shape {list(found.size)}, wanted is {tensor.dtype} of shape {list(tensor.shape)}"
+        elif sum(chunk.sizes.numel() for chunk in found.chunks) != tensor.numel() or any(
+            min(c.offsets, default=0) < 0 for c in found.chunks
+        ):
+            wrong = "is not complete"
+        else:
+            continue
+        raise CheckpointError(
+            f"{folder}: cannot be loaded into this draft: {name} {wrong}. Take a checkpoint of the same method and model."
+        )
 
 
 def random_name(world: World) -> str:

@@ -237,7 +237,7 @@ def test_unchanged_entry_is_not_read_again(config: EvalConfig, monkeypatch: pyte
         read.append(path.name)
         return sha256_file(path)
 
-    monkeypatch.setattr(files, "sha256_file", counted)
+    monkeypatch.setattr(files.fingerprints, "sha256_file", counted)
     for _ in range(3):
         assert EvalCache.for_config(config).try_get(config) == entry
     assert read.count("shard") == 1

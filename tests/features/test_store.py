@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from specforge import files
 from specforge.errors import FeatureError
 from specforge.features.store import TENSORS, FeatureMeta, FeatureWriter, LocalFeatureStore, SampleFeatures
 
@@ -75,7 +76,7 @@ def test_index_is_known_without_reading_features(tmp_path: Path) -> None:
         shard.write_bytes(bytes(shard.stat().st_size))
     store = LocalFeatureStore(folder)
     assert store.lengths.sum() == sum(LENGTHS)
-    with pytest.raises(FeatureError, match="not a readable shard"):
+    with pytest.raises(FeatureError, match="not readable as safetensors"):
         store.read(0)
 
 
@@ -118,7 +119,8 @@ def test_missing_store_and_other_format_are_refused(tmp_path: Path) -> None:
     index = json.loads((folder / "index.json").read_text())
     (folder / "index.json").write_text(json.dumps({**index, "format": 9}))
     manifest = json.loads((folder / "manifest.json").read_text())
-    manifest["files"]["index.json"]["size_bytes"] = (folder / "index.json").stat().st_size
+    index_path = folder / "index.json"
+    manifest["files"]["index.json"] = {"size_bytes": index_path.stat().st_size, "sha256": files.sha256_file(index_path)}
     (folder / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(FeatureError, match="store format 9 is not 1"):
         LocalFeatureStore(folder)

@@ -73,7 +73,7 @@ def test_index_cannot_name_files_outside(tmp_path: Path) -> None:
 
 
 def test_what_is_no_target_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(FeatureError, match=r"model.target_path=.*config.json cannot be read"):
+    with pytest.raises(FeatureError, match=r"model.target_path=.*there is no config.json"):
         TargetTables.read(tmp_path)
     save(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"torn")
