@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 
@@ -14,11 +14,10 @@ from specforge import files
 from specforge.config.schema import TrainConfig
 from specforge.distributed import World
 from specforge.errors import ConfigError, NonFiniteError, SpecForgeError
-from specforge.features.ahead import read_ahead
 from specforge.features.loader import Window
 from specforge.log.progress import progress
 from specforge.log.run_log import RunLog
-from specforge.methods.base import Method, Plan
+from specforge.methods.base import Method
 from specforge.training.backend import FSDPTrainingBackend
 from specforge.training.checkpoint import CheckpointManager
 from specforge.training.profile import StepProfile
@@ -26,7 +25,6 @@ from specforge.training.schedule import learning_rate
 from specforge.training.state import TrainState
 from specforge.training.stop import SIGNALS, StoppedError, StopRequest
 
-T = TypeVar("T")
 NON_FINITE_MARKER = "non_finite.json"
 
 
@@ -140,8 +138,8 @@ class TrainerController:
         first_step = self.state.step
         with progress(self.total_steps, first_step, "train", self.world) as bar:
             self._begin_interval()
-            for window, plans in self._measured(read_ahead(self._planned())):
-                numbers = self._step(window, plans)
+            for window in self._windows():
+                numbers = self._step(window)
                 bar.update(1)
                 last = self.state.step == self.total_steps
                 if self._due(self.config.log_every) or last:
@@ -155,37 +153,33 @@ class TrainerController:
         if self.profile.enabled and self.world.is_main and self.state.step > first_step:
             print(self.profile.table(self.state.step - first_step))
 
-    def _planned(self) -> Iterator[tuple[Window, list[Plan]]]:
-        """The windows after those that were trained on, with a plan for each micro-batch; data that cannot seek is advanced."""
+    def _windows(self) -> Iterator[Window]:
+        """The windows after those that were trained on; data that cannot seek is advanced. The time spent waiting is noted."""
         skipped = self.state.samples_seen
         if isinstance(self.data, Seekable):
             self.data.seek(self.state.samples_seen)
             skipped = 0
-        for window in self.data:
-            if skipped > 0:
-                skipped -= window.samples
-            else:
-                yield window, [self.method.plan(batch) for batch in window.batches]
-
-    def _measured(self, windows: Iterator[T]) -> Iterator[T]:
-        """The same windows; the time that training waits for them is noted."""
-        end = object()
+        windows = iter(self.data)
         while True:
             asked_s = time.perf_counter()
             with self.profile.phase("data"):
-                window = next(windows, end)
+                window = next(windows, None)
             self._interval.data_wait_s += time.perf_counter() - asked_s
-            if window is end:
+            if window is None:
                 return
-            yield window  # type: ignore[misc]
+            if skipped > 0:
+                skipped -= window.samples
+            else:
+                yield window
 
     def _due(self, every: int) -> bool:
         return every > 0 and self.state.step % every == 0
 
-    def _step(self, window: Window, plans: list[Plan]) -> StepNumbers:
+    def _step(self, window: Window) -> StepNumbers:
         """One optimiser step: gradient of (global loss sum / global weight), reduced over ranks once."""
         phase, losses, tallies = self.profile.phase, [], []
-        with phase("weight"):
+        with phase("plan"):
+            plans = window.plans or [self.method.plan(batch) for batch in window.batches]
             weight = float(self.world.sum_(torch.tensor(sum(plan.weight for plan in plans), dtype=torch.float64)))
         for index, (batch, plan) in enumerate(zip(window.batches, plans, strict=True)):
             with phase("forward"):

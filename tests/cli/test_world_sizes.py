@@ -40,11 +40,11 @@ def train_part(world: World, config: RunConfig, stop_after: int) -> Part:
     controller = build_controller(config, world)
     began, ids, step = whole(controller), list[str](), controller._step
 
-    def recorded(window: Any, plans: Any) -> Any:
+    def recorded(window: Any) -> Any:
         ids.extend(sample_id for batch in window.batches for sample_id in batch.ids)
         if controller.state.step + 1 == stop_after and world.rank == 0:
             os.kill(os.getpid(), signal.SIGTERM)
-        return step(window, plans)
+        return step(window)
 
     controller._step = recorded  # type: ignore[method-assign]
     try:
