@@ -6,6 +6,7 @@ import os
 import pickle
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections import Counter
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
+from tqdm import tqdm
 
 from specforge.distributed.world import World
 
@@ -106,6 +108,7 @@ class Collectives(TorchDispatchMode):
 
 def _run_rank(fn: Callable[..., Any], args: tuple[Any, ...], rank: int, size: int, folder: Path, timeout_s: float) -> None:
     torch.set_num_threads(1)  # before any operator: the parent's thread pool did not survive the fork
+    tqdm.set_lock(threading.RLock())  # the one that forks share stays taken when one of them is killed
     with _stack(folder, rank).open("w") as stack:
         faulthandler.dump_traceback_later(timeout_s, file=stack)
         try:

@@ -29,6 +29,7 @@ from specforge.training.state import TrainState
 
 _FREE_TRAIN_SETTINGS = (
     "resume_from", "allow_config_change", "allow_non_finite", "log_every", "eval_every", "save_every", "micro_batch_tokens", "sharding",
+    "profile",
 )  # fmt: skip
 """Settings of `train` that may differ between a checkpoint and the run that continues it."""
 
@@ -121,8 +122,9 @@ def build_controller(config: RunConfig, world: World) -> TrainerController:
 
         total_steps, total_samples = horizon(config, len(store), state)
         data = FeatureDataLoader(
-            store, config.seed, config.train.batch_samples, config.train.micro_batch_tokens, total_samples, world, config.data.exclude_ids
-        )
+            store, config.seed, config.train.batch_samples, config.train.micro_batch_tokens, total_samples, world,
+            config.data.exclude_ids, plan=method.plan,
+        )  # fmt: skip
         evaluator = build_evaluator(config, heldout, method.draft_tokens, world)
         log = RunLog(folder, world, config.log.wandb, config.log.wandb_project, state.run_id, to_dict(config))
         if note:

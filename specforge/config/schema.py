@@ -129,6 +129,8 @@ class TrainConfig:
     """Steps between evaluations; 0: only before the first and after the last step."""
     save_every: int = 0
     """Steps between checkpoints; 0: only after the last step."""
+    profile: bool = False
+    """Print where the time of a step goes. On a GPU each phase then waits for the device, which costs speed."""
 
     def __post_init__(self) -> None:
         _require_at_least("train", 0, steps=self.steps, warmup_steps=self.warmup_steps, weight_decay=self.weight_decay)

@@ -1,11 +1,12 @@
 """What a method is given: the features of some samples, packed end to end."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
-from specforge.features.store import FeatureMeta, LocalFeatureStore, SampleFeatures
+from specforge.features.store import TENSORS, FeatureMeta, LocalFeatureStore, SampleFeatures
 from specforge.layers.documents import Documents
 
 
@@ -54,5 +55,11 @@ class DraftBatch:
         return cls((), (), Documents((3,)), ids, torch.zeros(3, dtype=torch.bool), aux, last, ids.clone(), torch.zeros(3))
 
     def to(self, device: torch.device) -> "DraftBatch":
-        tensors = ("input_ids", "loss_mask", "aux", "last", "argmax", "logsumexp")
-        return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in tensors})
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pinned(self) -> "DraftBatch":
+        """In page-locked memory, from which a GPU copies while the host goes on."""
+        return self._each(torch.Tensor.pin_memory)
+
+    def _each(self, change: Callable[[torch.Tensor], Any]) -> "DraftBatch":
+        return replace(self, **{name: change(getattr(self, name)) for name in TENSORS})

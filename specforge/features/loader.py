@@ -4,9 +4,10 @@ The only position is an integer in the global sample order, so it means the same
 nothing.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 from specforge.data.packing import pack
 from specforge.distributed import World
@@ -23,12 +24,15 @@ class Window:
 
     samples: int
     batches: tuple[DraftBatch, ...]
+    plans: tuple[Any, ...] = ()
+    """What the method works out of each batch on the host; empty where nobody asked for it."""
 
 
 class FeatureDataLoader:
     """Windows of `batch_samples` consecutive samples of the global order, packed into micro-batches of a token budget.
 
-    Iterating yields windows from the current position to `total_samples`; the last one may be smaller.
+    Iterating yields windows from the current position to `total_samples`; the last one may be smaller. Features are read,
+    pinned for a GPU and, with `plan`, planned for while the step before is computed.
     """
 
     def __init__(
@@ -40,6 +44,7 @@ class FeatureDataLoader:
         total_samples: int,
         world: World,
         exclude_ids: Sequence[str] = (),
+        plan: Callable[[DraftBatch], Any] | None = None,
     ) -> None:
         if len(store) < world.size:
             raise DataError(f"{len(store)} training samples for {world.size} ranks: every rank needs one; use fewer ranks or more data.")
@@ -49,6 +54,7 @@ class FeatureDataLoader:
         self._spans = Spans(len(store), seed, batch_samples, total_samples, numbers)
         self._budget_tokens = micro_batch_tokens
         self._world = world
+        self._plan = plan
         self.position = 0
 
     def seek(self, samples: int) -> None:
@@ -75,7 +81,11 @@ class FeatureDataLoader:
         ]
         mine = [number for batch in batches for number in batch]
         features = dict(zip(mine, self._store.take(span, mine), strict=True))
-        return Window(span.count, tuple(self._packed(batch, features) for batch in batches))
+        packed = tuple(self._packed(batch, features) for batch in batches)
+        plans = tuple(self._plan(batch) for batch in packed) if self._plan else ()
+        if self._world.device.type == "cuda":
+            packed = tuple(batch.pinned() for batch in packed)
+        return Window(span.count, packed, plans)
 
     def _packed(self, numbers: list[int], features: Mapping[int, SampleFeatures]) -> DraftBatch:
         if not numbers:

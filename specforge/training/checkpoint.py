@@ -154,7 +154,8 @@ class CheckpointManager:
     def _point_at(self, final: Path, best: Best | None) -> None:
         files.relative_link(self.folder / "latest", final.name)
         if best is not None:
-            files.write_json(self.folder / BEST, vars(best))
+            if best != read_best(self.folder):
+                files.write_json(self.folder / BEST, vars(best))
             files.relative_link(self.folder / "best", best.checkpoint)
 
     def _rotate(self, state: TrainState) -> None:

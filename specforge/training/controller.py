@@ -20,6 +20,7 @@ from specforge.log.run_log import RunLog
 from specforge.methods.base import Method
 from specforge.training.backend import FSDPTrainingBackend
 from specforge.training.checkpoint import CheckpointManager
+from specforge.training.profile import StepProfile
 from specforge.training.schedule import learning_rate
 from specforge.training.state import TrainState
 from specforge.training.stop import SIGNALS, StoppedError, StopRequest
@@ -107,7 +108,7 @@ class TrainerController:
         self._saved_step = state.step if state.step else -1
         self._stop = StopRequest()
         self._interval = Interval()
-        self._asked_s = 0.0
+        self.profile = StepProfile(world.device, config.profile)
 
     def fit(self) -> TrainState:
         """Run to the last step; returns where the run stands.
@@ -134,10 +135,10 @@ class TrainerController:
         return self.state
 
     def _train(self) -> None:
-        with progress(self.total_steps, self.state.step, "train", self.world) as bar:
+        first_step = self.state.step
+        with progress(self.total_steps, first_step, "train", self.world) as bar:
             self._begin_interval()
             for window in self._windows():
-                self._interval.data_wait_s += time.perf_counter() - self._asked_s
                 numbers = self._step(window)
                 bar.update(1)
                 last = self.state.step == self.total_steps
@@ -149,16 +150,23 @@ class TrainerController:
                     self._save()
                 if not last:
                     self._stop_if_asked(numbers)
-                self._asked_s = time.perf_counter()
+        if self.profile.enabled and self.world.is_main and self.state.step > first_step:
+            print(self.profile.table(self.state.step - first_step))
 
     def _windows(self) -> Iterator[Window]:
-        """The windows after those that were trained on; data that cannot seek is advanced."""
+        """The windows after those that were trained on; data that cannot seek is advanced. The time spent waiting is noted."""
         skipped = self.state.samples_seen
         if isinstance(self.data, Seekable):
             self.data.seek(self.state.samples_seen)
             skipped = 0
-        self._asked_s = time.perf_counter()
-        for window in self.data:
+        windows = iter(self.data)
+        while True:
+            asked_s = time.perf_counter()
+            with self.profile.phase("data"):
+                window = next(windows, None)
+            self._interval.data_wait_s += time.perf_counter() - asked_s
+            if window is None:
+                return
             if skipped > 0:
                 skipped -= window.samples
             else:
@@ -167,27 +175,33 @@ class TrainerController:
     def _due(self, every: int) -> bool:
         return every > 0 and self.state.step % every == 0
 
-    def _step(self, window: Window) -> "StepNumbers":
+    def _step(self, window: Window) -> StepNumbers:
         """One optimiser step: gradient of (global loss sum / global weight), reduced over ranks once."""
-        plans = [self.method.plan(batch) for batch in window.batches]
-        weight = float(self.world.sum_(torch.tensor(sum(plan.weight for plan in plans), dtype=torch.float64)))
-        losses, tallies = [], []
+        phase, losses, tallies = self.profile.phase, [], []
+        with phase("plan"):
+            plans = window.plans or [self.method.plan(batch) for batch in window.batches]
+            weight = float(self.world.sum_(torch.tensor(sum(plan.weight for plan in plans), dtype=torch.float64)))
         for index, (batch, plan) in enumerate(zip(window.batches, plans, strict=True)):
-            output = self.backend(batch.to(self.world.device), plan)
-            self.backend.backward(output.loss_sum, weight or 1.0, boundary=index == len(plans) - 1)
+            with phase("forward"):
+                output = self.backend(batch.to(self.world.device), plan)
+            with phase("backward"):
+                self.backend.backward(output.loss_sum, weight or 1.0, boundary=index == len(plans) - 1)
             losses.append(output.loss_sum.detach())
             tallies.append(output.tally)
-        norm = self.backend.clip()
+        with phase("clip"):
+            norm = self.backend.clip()
         tokens = sum(batch.documents.num_tokens for batch in window.batches if batch.samples)
-        numbers = self._reduce(losses, tallies, norm, tokens)
+        with phase("read"):
+            numbers = self._reduce(losses, tallies, norm, tokens)
         if not (math.isfinite(numbers.norm) and math.isfinite(numbers.loss_sum)):
             self._stop_for_non_finite(window, losses)
-        self.backend.step(learning_rate(self.config, self.state.step, self.total_steps))
+        with phase("optimiser"):
+            self.backend.step(learning_rate(self.config, self.state.step, self.total_steps))
         self.state = self.state.advanced(window.samples)
         self._interval.add(numbers, weight)
         return numbers
 
-    def _reduce(self, losses: list[torch.Tensor], tallies: list[dict[str, torch.Tensor]], norm: torch.Tensor, tokens: int) -> "StepNumbers":
+    def _reduce(self, losses: list[torch.Tensor], tallies: list[dict[str, torch.Tensor]], norm: torch.Tensor, tokens: int) -> StepNumbers:
         """Add up over all ranks; reading the sums is the one time in a step that the host waits for the device."""
         known = torch.cat([torch.tensor([tokens, self.checkpoints.failed], dtype=torch.float64), self._stop.reasons()])
         local = torch.cat([
@@ -202,7 +216,7 @@ class TrainerController:
         signals = [number for number, count in zip(SIGNALS, heard, strict=True) if count]
         return StepNumbers(norm_, loss_sum, tokens_, correct_K, count_K, failed > 0, orphaned > 0, signals)
 
-    def _stop_if_asked(self, numbers: "StepNumbers") -> None:
+    def _stop_if_asked(self, numbers: StepNumbers) -> None:
         """End the run on all ranks if one of them must: after a save, unless saving is what failed or nobody waits for it."""
         if numbers.save_failed:
             self.checkpoints.wait()
@@ -263,7 +277,7 @@ class TrainerController:
         if self.evaluate is None:
             return
         started_s = time.perf_counter()
-        with self.backend.whole():
+        with self.profile.phase("evaluate"), self.backend.whole():
             metrics = self.evaluate()
         self.checkpoints.metric(metrics)
         self.log.write(self.state.step, {**metrics, "perf/eval_time_s": time.perf_counter() - started_s})
@@ -275,7 +289,8 @@ class TrainerController:
     def _save(self) -> None:
         if self._saved_step == self.state.step:
             return
-        self.checkpoints.save(self.state, self.backend, self.method.config_dict(), self._settings)
+        with self.profile.phase("save"):
+            self.checkpoints.save(self.state, self.backend, self.method.config_dict(), self._settings)
         self._saved_step = self.state.step
 
 

@@ -58,7 +58,8 @@ class Snapshot:
         except OSError as error:
             return f"rank {world.rank}: {error}."
         except CheckpointException as error:
-            return f"rank {world.rank}: {next(iter(error.failures.values()))[0]}."
+            rank, (cause, _) = next(iter(error.failures.items()))
+            return f"rank {rank}: {cause}."
         return None
 
 

@@ -260,7 +260,7 @@ def poison(world: World, folder: Path, target_path: Path, features: Path) -> str
 
     def poisoned(batch: Any) -> Any:
         calls.append(batch.samples)
-        if controller.state.step == 2 and world.rank == 1:
+        if len(calls) == 3 and world.rank == 1:
             batch.aux.fill_(float("nan"))
         return plan(batch)
 
