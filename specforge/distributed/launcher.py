@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from specforge.errors import ConfigError
 
 _FIRST_PORT, _PORTS = 12_000, 16_000
-"""Where the port of a Slurm step is chosen from its number: below the range that systems hand out by themselves."""
+"""Where the port of a Slurm step is chosen from its number: below the range that Linux hands out by default."""
 
 
 @dataclass(frozen=True)

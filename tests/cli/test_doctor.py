@@ -139,6 +139,7 @@ def test_threads_that_hurt(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def told_by_rank(ranks: World, environment: dict[str, str]) -> tuple[int, str]:
+    ranks.barrier()
     ranks.leave()
     os.environ.update({**environment, "RANK": str(ranks.rank), "LOCAL_RANK": str(ranks.rank)})
     with contextlib.redirect_stdout(io.StringIO()) as out:

@@ -23,6 +23,7 @@ def free_port() -> int:
 
 def joined(ranks: World, environment: Callable[[int], dict[str, str]], act: Callable[[World], Any]) -> Any:
     """`act` in a world that was joined from `environment(rank)` alone."""
+    ranks.barrier()  # nobody leaves while another still connects
     ranks.leave()
     for name in [name for name in os.environ if name.startswith(("SLURM_", "OMPI_", "MASTER_", "RANK", "WORLD_SIZE", "LOCAL_"))]:
         del os.environ[name]
