@@ -37,7 +37,8 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> RunCo
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None)
         reason = str(error).splitlines()[0]
-        raise ConfigError(f"configuration key {key or '?'}: {reason} Correct it in the file or on the command line.") from error
+        place = f"in {path} or on the command line" if path is not None else "on the command line"
+        raise ConfigError(f"configuration key {key or '?'}: {reason} Correct it {place}.") from error
     except (YAMLError, ValueError, TypeError, AttributeError, RecursionError) as error:  # of a value that YAML or OmegaConf cannot make
         raise ConfigError(
             f"configuration {path or list(overrides)}: {files.shown(error)}; correct the file or the command line."

@@ -16,7 +16,7 @@ from specforge.errors import SpecForgeError
 
 _LARGEST_MIB = 64
 _DEEPEST = 64
-_LONGEST_NAME_BYTES = 255
+_LONGEST_NAME_BYTES, _LONGEST_PATH = 255, 1024
 _LARGEST_COUNT = 2**63
 
 
@@ -116,7 +116,7 @@ def foreign(path: Path, error: type[SpecForgeError], way_out: str) -> Iterator[N
 def inside(root: Path, name: str, error: type[SpecForgeError] = SpecForgeError) -> Path:
     """`root/name`, where `name` was read from a file: relative, without `..`, and so never outside `root`."""
     parts = PurePosixPath(name).parts if isinstance(name, str) else ()
-    if not parts or name.startswith("/") or ".." in parts or not all(_is_plain(part) for part in parts):
+    if not parts or len(name) > _LONGEST_PATH or name.startswith("/") or ".." in parts or not all(_is_plain(part) for part in parts):
         raise error(f"file name {shown(name)} listed in {root}: must be relative and stay inside that folder; do not trust this folder.")
     return root / name
 

@@ -313,14 +313,15 @@ def test_looking_while_another_removes(tmp_path: Path, config: EvalConfig) -> No
 
     def churn() -> None:
         while not (tmp_path / "stop").exists():
-            EvalCache.for_config(config).get_or_produce(config, lambda folder: [(folder / f"{i}").touch() for i in range(5)])
+            EvalCache.for_config(config).get_or_produce(config, lambda folder: [(folder / f"{i}").write_text("x") for i in range(5)])
             EvalCache.for_config(config).invalidate(config)
 
     churner = fork(churn)
     with killed_at_the_end([churner]):
         cache = EvalCache.for_config(config)
         seen: list[Path | None] = []
-        wait_until(lambda: seen.append(cache.try_get(config)) or seen.count(None) > 100 < len(seen) - seen.count(None))
+        while len(seen) < 200 or {*seen} == {None} or None not in seen:
+            seen.append(cache.try_get(config))
         (tmp_path / "stop").touch()
         churner.join(PATIENCE_S)
         assert churner.exitcode == 0
