@@ -107,7 +107,15 @@ def feature_meta(config: RunConfig, tables: TargetTables, world: World) -> Featu
         vocab_size=tables.config.vocab_size,
         max_length=config.data.max_length,
         mask_options=mask_options(config),
+        teacher_top_k=_teacher_top_k(config, tables),
     )
+
+
+def _teacher_top_k(config: RunConfig, tables: TargetTables) -> int:
+    top_k, vocab_size = config.features.teacher_top_k, tables.config.vocab_size
+    if top_k > vocab_size:
+        raise ConfigError(f"features.teacher_top_k={top_k}: the target has {vocab_size} ids; keep fewer, 64 for instance.")
+    return top_k
 
 
 def _fingerprints(config: RunConfig) -> files.Fingerprints:
@@ -191,7 +199,7 @@ def captured_store(config: RunConfig, meta: FeatureMeta, target: Callable[[], Ta
     if not world.on_main(folder.is_dir):
         capture(config, "train", folder, meta, target, world)
     store = LocalFeatureStore(folder)
-    fields = ("target_fingerprint", "aux_layer_ids", "dtype", "template_digest", "max_length", "mask_options")
+    fields = ("target_fingerprint", "aux_layer_ids", "dtype", "template_digest", "max_length", "mask_options", "teacher_top_k")
     store.expect(**{name: getattr(meta, name) for name in fields})
     world.on_main(lambda: store.verify(_fingerprints(config)))
     return store
@@ -205,10 +213,11 @@ def producer(config: RunConfig, world: World) -> Producer:
 
 
 def eval_store(config: RunConfig, meta: FeatureMeta, target: Callable[[], Target], world: World) -> LocalFeatureStore:
-    """The evaluation features, produced at most once per identity."""
+    """The evaluation features, produced at most once per identity; their teacher is always the exact one."""
     identity = eval_config(config, meta.aux_layer_ids)
     cache = EvalCache.for_config(identity)
-    entry = cache.get_or_produce(identity, lambda staging: capture(config, "eval", staging / "store", meta, target, world), world)
+    exact = replace(meta, teacher_top_k=0)
+    entry = cache.get_or_produce(identity, lambda staging: capture(config, "eval", staging / "store", exact, target, world), world)
     return LocalFeatureStore(entry / "store")
 
 

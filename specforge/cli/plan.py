@@ -23,7 +23,7 @@ def describe(config: RunConfig) -> str:
         "online": 0,
         "shared": tokens if features.retain else min(tokens, tokens * features.ahead_steps // steps),
     }[features.source]
-    feature_bytes = stored_tokens * bytes_per_token(len(layers), target.hidden_size, config.model.dtype)
+    feature_bytes = stored_tokens * bytes_per_token(len(layers), target.hidden_size, config.model.dtype, features.teacher_top_k)
     parameters = registered(config.method.name).load().count_parameters(config.method.options, tables, layers)
     lines = [
         f"{'training samples':<26}{len(lengths)}, {sum(lengths)} tokens, longest {max(lengths)}",

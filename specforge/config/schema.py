@@ -83,6 +83,8 @@ class FeatureConfig:
     """Tokens of one forward pass of the target, padding included; 1: every sample alone, so that all sources give the same bits."""
     shard_mib: int = 256
     """Size at which a new shard begins."""
+    teacher_top_k: int = 0
+    """Keep the target's so many likeliest ids at each token in place of its last hidden state; 0: the hidden state, exact."""
     ahead_steps: int = 8
     """Source `shared`: features of so many optimiser steps are on the disk at a time."""
     retain: bool = False
@@ -92,6 +94,7 @@ class FeatureConfig:
 
     def __post_init__(self) -> None:
         _require_at_least("features", 1, capture_tokens=self.capture_tokens, shard_mib=self.shard_mib, ahead_steps=self.ahead_steps)
+        _require_at_least("features", 0, teacher_top_k=self.teacher_top_k)
         _require(self.wait_s > 0, "features.wait_s", self.wait_s, "must be positive", "an hour is 3600")
 
 

@@ -29,6 +29,9 @@ class DraftBatch:
     last: torch.Tensor
     argmax: torch.Tensor
     logsumexp: torch.Tensor
+    top_ids: torch.Tensor
+    top_log_probs: torch.Tensor
+    """Of a compressed teacher [T, k]; empty where `last` teaches."""
 
     @classmethod
     def read(cls, store: LocalFeatureStore, samples: Sequence[int]) -> "DraftBatch":
@@ -43,16 +46,15 @@ class DraftBatch:
         documents = Documents(tuple(len(sample.input_ids) for sample in features))
         return cls(
             tuple(samples), tuple(ids), documents, joined("input_ids"), joined("loss_mask").bool(),
-            joined("aux"), joined("last"), joined("argmax"), joined("logsumexp"),
+            joined("aux"), joined("last"), joined("argmax"), joined("logsumexp"), joined("top_ids"), joined("top_log_probs"),
         )  # fmt: skip
 
     @classmethod
     def empty(cls, meta: FeatureMeta) -> "DraftBatch":
         """A batch that weighs nothing: three tokens, none supervised. It keeps a rank without samples in step."""
         ids, dtype = torch.zeros(3, dtype=torch.int32), getattr(torch, meta.dtype)
-        aux = torch.zeros(3, len(meta.aux_layer_ids) * meta.hidden_size, dtype=dtype)
-        last = torch.zeros(3, meta.hidden_size, dtype=dtype)
-        return cls((), (), Documents((3,)), ids, torch.zeros(3, dtype=torch.bool), aux, last, ids.clone(), torch.zeros(3))
+        aux, last = (torch.zeros(3, layers * meta.hidden_size, dtype=dtype) for layers in (len(meta.aux_layer_ids), 1))
+        return cls.pack([], [SampleFeatures(ids, torch.zeros(3, dtype=torch.bool), aux, last, ids.clone(), torch.zeros(3))])
 
     def to(self, device: torch.device) -> "DraftBatch":
         return self._each(lambda tensor: tensor.to(device, non_blocking=True))

@@ -33,6 +33,7 @@ from specforge.features.store import (
     write_shard,
 )
 from specforge.features.target import Target
+from specforge.features.teacher import likeliest
 
 _SHARDS_WANTED = 64
 _FORWARDS_PER_SHARD = 4
@@ -176,7 +177,7 @@ def _capture_shards(
     with ThreadPoolExecutor(1) as writer, tqdm(total=total, unit="tok", desc="capture", disable=None if world.is_main else True) as bar:
         writing: Future[None] = writer.submit(lambda: None)
         for number in mine:
-            captured = capture_samples(target, samples, shards[number], capture_tokens, meta.aux_layer_ids, bar.update)
+            captured = capture_samples(target, samples, shards[number], capture_tokens, meta, bar.update)
             writing.result()
             writing = writer.submit(_write, work, number, [captured[i] for i in shards[number]])
         writing.result()
@@ -198,26 +199,29 @@ def capture_samples(
     samples: Sequence[Sample],
     numbers: Sequence[int],
     capture_tokens: int,
-    aux_layer_ids: Sequence[int],
+    meta: FeatureMeta,
     tell_tokens: Callable[[int], object] = lambda tokens: None,
 ) -> dict[int, SampleFeatures]:
     """Features by sample number. They depend on nothing but the target and which samples share a forward."""
     lengths = {number: len(samples[number].input_ids) for number in numbers}
     captured: dict[int, SampleFeatures] = {}
     for group in forwards(numbers, lengths, capture_tokens):
-        captured.update(zip(group, capture_group(target, [samples[number] for number in group], aux_layer_ids), strict=True))
+        captured.update(zip(group, capture_group(target, [samples[number] for number in group], meta), strict=True))
         tell_tokens(sum(lengths[number] for number in group))
     return captured
 
 
-def capture_group(target: Target, samples: Sequence[Sample], aux_layer_ids: Sequence[int]) -> list[SampleFeatures]:
+def capture_group(target: Target, samples: Sequence[Sample], meta: FeatureMeta) -> list[SampleFeatures]:
     """The features of `samples` by one forward, in main memory.
 
     Raises:
         FeatureError: naming the sample whose features are not finite.
     """
     captured = []
-    for sample, tensors in zip(samples, target.capture([sample.input_ids for sample in samples], aux_layer_ids), strict=True):
+    for sample, tensors in zip(samples, target.capture([sample.input_ids for sample in samples], meta.aux_layer_ids), strict=True):
+        if meta.teacher_top_k:
+            tensors["top_ids"], tensors["top_log_probs"] = likeliest(target, tensors["last"], tensors["logsumexp"], meta.teacher_top_k)
+            tensors["last"] = torch.empty(0)
         features = SampleFeatures(
             torch.tensor(sample.input_ids, dtype=torch.int32),
             torch.tensor(sample.loss_mask, dtype=torch.bool),

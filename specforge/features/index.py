@@ -10,7 +10,7 @@ from specforge import files
 from specforge.errors import FeatureError
 
 INDEX = "index.json"
-STORE_FORMAT = 1
+STORE_FORMAT = 2
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 """Of features, by the name that safetensors gives them."""
 _LARGEST_INDEX_MIB = 1024
@@ -18,6 +18,7 @@ _PER_SAMPLE = {"ids": str, "domains": str, "lengths": int, "supervised": int, "s
 _META = {
     "target_path": str, "target_fingerprint": str, "target_revision": str, "tokenizer_path": str, "template_digest": str,
     "aux_layer_ids": list, "dtype": str, "hidden_size": int, "vocab_size": int, "max_length": int, "mask_options": list,
+    "teacher_top_k": int,
 }  # fmt: skip
 
 

@@ -35,5 +35,5 @@ class OnlineFeatureStore(EncodedStore):
     def take(self, span: Span, numbers: Sequence[int]) -> list[SampleFeatures]:
         """On CUDA in a stream of its own, so that the training's kernels need not wait for the target's."""
         with torch.cuda.stream(self._stream):
-            captured = capture_samples(self._load_target(), self.samples, numbers, self._capture_tokens, self.meta.aux_layer_ids)
+            captured = capture_samples(self._load_target(), self.samples, numbers, self._capture_tokens, self.meta)
         return [captured[number] for number in numbers]

@@ -80,6 +80,6 @@ class Producer:
         sweep_partial(self.folder, span.position)
         target = self._load_target()
         check_kind(target, self._meta)
-        captured = capture_samples(target, self._samples, span.samples, request.capture_tokens, self._meta.aux_layer_ids)
+        captured = capture_samples(target, self._samples, span.samples, request.capture_tokens, self._meta)
         if self._is_missing(span, request):
             write_span(self.folder, span, request.identity, captured)

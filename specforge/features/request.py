@@ -14,7 +14,7 @@ from specforge.features.store import FeatureMeta
 
 _NAME = "request.json"
 _FORMAT = 1
-_KIND = ("target_fingerprint", "aux_layer_ids", "dtype", "template_digest", "max_length", "mask_options")
+_KIND = ("target_fingerprint", "aux_layer_ids", "dtype", "template_digest", "max_length", "mask_options", "teacher_top_k")
 """The fields of FeatureMeta that decide; paths may differ between machines."""
 
 

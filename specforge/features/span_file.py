@@ -55,9 +55,9 @@ def read_span(folder: Path, span: Span, identity: str, numbers: Sequence[int], l
             raise FeatureError(f"{path}: was made for another request.")
         try:
             checksums = json.loads(notes["sha256"])
-            slices = {name: file.get_slice(name) for name in TENSORS}
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
             rows = [slice(ends[number] - int(lengths[number]), ends[number]) for number in numbers]
-            found = [SampleFeatures(**{name: slices[name][at] for name in TENSORS}) for at in rows]
+            found = [SampleFeatures.of({name: tensor[at] for name, tensor in slices.items()}) for at in rows]
             damaged = [number for number, features in zip(numbers, found, strict=True) if checksums[str(number)] != _sha256(features)]
         except (SafetensorError, KeyError, TypeError, ValueError) as cause:
             raise FeatureError(f"{path}: is not a readable span ({cause!r}).") from cause

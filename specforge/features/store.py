@@ -9,8 +9,8 @@ import dataclasses
 import hashlib
 import itertools
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
@@ -41,9 +41,11 @@ class Sample(Protocol):
     def truncated(self) -> bool: ...
 
 
-def bytes_per_token(num_aux_layers: int, hidden_size: int, dtype: str) -> int:
-    """Captured layers and last hidden state, and beside them id, mask, arg-max and logsumexp."""
-    return (num_aux_layers + 1) * hidden_size * getattr(torch, dtype).itemsize + 4 + 1 + 4 + 4
+def bytes_per_token(num_aux_layers: int, hidden_size: int, dtype: str, teacher_top_k: int = 0) -> int:
+    """Captured layers, last hidden state or likeliest ids, and beside them id, mask, arg-max and logsumexp."""
+    hidden_bytes = hidden_size * getattr(torch, dtype).itemsize
+    teacher_bytes = teacher_top_k * (4 + 2) if teacher_top_k else hidden_bytes
+    return num_aux_layers * hidden_bytes + teacher_bytes + 4 + 1 + 4 + 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,10 +65,17 @@ class FeatureMeta:
     vocab_size: int
     max_length: int = 0
     mask_options: tuple[tuple[str, str], ...] = ()
+    teacher_top_k: int = 0
+    """The target's k likeliest ids are kept in place of its last hidden state; 0: the hidden state."""
 
     @property
     def bytes_per_token(self) -> int:
-        return bytes_per_token(len(self.aux_layer_ids), self.hidden_size, self.dtype)
+        return bytes_per_token(len(self.aux_layer_ids), self.hidden_size, self.dtype, self.teacher_top_k)
+
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        """The fields of SampleFeatures that are stored."""
+        return tuple(name for name in TENSORS if name not in (_TEACHER[:1] if self.teacher_top_k else _TEACHER[1:]))
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
@@ -77,7 +86,10 @@ class FeatureMeta:
 @dataclass(frozen=True)
 class SampleFeatures:
     """One sample: input_ids [S] int32, loss_mask [S] bool, aux [S, A*H] (low to high, un-normed) and last [S, H] (after
-    the final norm) in the store's dtype, argmax [S] int32 and logsumexp [S] float32 of the target's logits."""
+    the final norm) in the store's dtype, argmax [S] int32 and logsumexp [S] float32 of the target's logits.
+
+    A compressed teacher has, in place of `last`, top_ids [S, k] int32 and top_log_probs [S, k] float16 (`features.teacher`).
+    What a sample lacks is an empty tensor."""
 
     input_ids: torch.Tensor
     loss_mask: torch.Tensor
@@ -85,14 +97,23 @@ class SampleFeatures:
     last: torch.Tensor
     argmax: torch.Tensor
     logsumexp: torch.Tensor
+    top_ids: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int32))
+    top_log_probs: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.float16))
+
+    @classmethod
+    def of(cls, stored: Mapping[str, torch.Tensor]) -> Self:
+        """From the tensors of a store, which lacks some."""
+        return cls(**{"last": torch.empty(0), **stored})
 
     def is_finite(self) -> bool:
         """Whether no feature is NaN or infinite. A sum passes either on, and costs one read; only then every number is asked."""
-        features = (self.aux, self.last, self.logsumexp)
+        features = (self.aux, self.last, self.logsumexp, self.top_log_probs)
         return all(bool(x.sum(dtype=torch.float32).isfinite()) or bool(x.isfinite().all()) for x in features)
 
 
-TENSORS = tuple(field.name for field in dataclasses.fields(SampleFeatures))
+TENSORS = tuple(one.name for one in dataclasses.fields(SampleFeatures))
+_TEACHER = ("last", "top_ids", "top_log_probs")
+"""A store holds the first of these or the other two."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +131,8 @@ def shard_name(number: int) -> str:
 
 def write_shard(path: Path, features: Sequence[SampleFeatures], notes: dict[str, str] | None = None) -> ShardRecord:
     """Write the samples end to end, `notes` into the header; the file is complete or absent."""
-    data = save({name: torch.cat([getattr(sample, name) for sample in features]).cpu() for name in TENSORS}, notes)
+    whole = {name: torch.cat([getattr(sample, name) for sample in features]).cpu() for name in TENSORS}
+    data = save({name: tensor for name, tensor in whole.items() if tensor.numel() or name not in _TEACHER}, notes)
     files.write_bytes(path, data)
     return ShardRecord(path.name, len(data), hashlib.sha256(data).hexdigest())
 
@@ -229,7 +251,7 @@ class LocalFeatureStore:
         return self.meta.aux_layer_ids
 
     def read(self, number: int) -> SampleFeatures:
-        return SampleFeatures(**{name: self._rows(number, name) for name in TENSORS})
+        return SampleFeatures.of({name: self._rows(number, name) for name in self.meta.tensors})
 
     def reading(self, spans: Spans, position: int) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext()
@@ -294,8 +316,10 @@ class LocalFeatureStore:
     def _shapes(self, shard: int) -> dict[str, tuple[str, list[int]]]:
         """Data type and shape of each tensor of a shard."""
         rows = self._shard_rows[shard]
-        feature, hidden = DTYPES[self.meta.dtype], self.meta.hidden_size
-        return {
+        feature, hidden, top_k = DTYPES[self.meta.dtype], self.meta.hidden_size, self.meta.teacher_top_k
+        shapes = {
             "input_ids": ("I32", [rows]), "loss_mask": ("BOOL", [rows]), "argmax": ("I32", [rows]), "logsumexp": ("F32", [rows]),
             "aux": (feature, [rows, hidden * len(self.aux_layer_ids)]), "last": (feature, [rows, hidden]),
+            "top_ids": ("I32", [rows, top_k]), "top_log_probs": ("F16", [rows, top_k]),
         }  # fmt: skip
+        return {name: shapes[name] for name in self.meta.tensors}

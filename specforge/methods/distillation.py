@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch.autograd.function import FunctionCtx
 
+from specforge.methods.teacher import Teacher
+
 
 def chunk_borders(teacher_N: np.ndarray, chunk_rows: int) -> list[tuple[int, int]]:
     """Cut N rows, sorted by target position, into chunks of about `chunk_rows` that split no target position."""
@@ -29,18 +31,16 @@ def chunk_borders(teacher_N: np.ndarray, chunk_rows: int) -> list[tuple[int, int
 def soft_cross_entropy(
     hidden_NH: torch.Tensor,
     head_DH: torch.Tensor,
-    teacher_UH: torch.Tensor,
-    teacher_head_DH: torch.Tensor,
+    teacher: Teacher,
     teacher_N: torch.Tensor,
     weight_N: torch.Tensor,
     chunks: list[tuple[int, int, int, int]],
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sum over rows of weight * CE(softmax(teacher logits) || softmax(draft logits)), both on the draft vocabulary.
+    """Sum over rows of weight * CE(teacher || softmax(draft logits)), both on the draft vocabulary.
 
     Args:
         hidden_NH: draft states after the final norm, sorted by target position.
-        teacher_UH: the target's last hidden states (after its final norm) at the positions that teach.
-        teacher_head_DH: the rows of the target's head that the draft vocabulary keeps.
+        teacher: the target's distribution at the U positions that teach.
         teacher_N: index into U of each row, ascending, int64.
         weight_N: float32.
         chunks: (row_start, row_end, teacher_start, teacher_end), known on the host.
@@ -48,7 +48,7 @@ def soft_cross_entropy(
     Returns:
         the loss in nats (float32 scalar) and the draft-vocabulary id each row proposes (int64 [N]).
     """
-    return _SoftCrossEntropy.apply(hidden_NH, head_DH, teacher_UH, teacher_head_DH, teacher_N, weight_N, chunks)
+    return _SoftCrossEntropy.apply(hidden_NH, head_DH, teacher, teacher_N, weight_N, chunks)
 
 
 class _SoftCrossEntropy(torch.autograd.Function):
@@ -57,8 +57,7 @@ class _SoftCrossEntropy(torch.autograd.Function):
         ctx: Any,
         hidden_NH: torch.Tensor,
         head_DH: torch.Tensor,
-        teacher_UH: torch.Tensor,
-        teacher_head_DH: torch.Tensor,
+        teacher: Teacher,
         teacher_N: torch.Tensor,
         weight_N: torch.Tensor,
         chunks: list[tuple[int, int, int, int]],
@@ -70,7 +69,7 @@ class _SoftCrossEntropy(torch.autograd.Function):
         grad_head = torch.zeros_like(head_DH, dtype=wide) if ctx.needs_input_grad[1] else None
         for row_start, row_end, teacher_start, teacher_end in chunks:
             rows = slice(row_start, row_end)
-            target_UD = (teacher_UH[teacher_start:teacher_end].to(teacher_head_DH.dtype) @ teacher_head_DH.T).softmax(-1, dtype=wide)
+            target_UD = teacher.distribution(teacher_start, teacher_end, wide)
             target_ND = target_UD.index_select(0, teacher_N[rows] - teacher_start)
             logits_ND = hidden_NH[rows] @ head_DH.T
             best_N, proposals_N[rows] = logits_ND.max(-1)
@@ -96,5 +95,5 @@ class _SoftCrossEntropy(torch.autograd.Function):
         return (
             None if grad_hidden is None else grad_hidden * scale.to(grad_hidden.dtype),
             None if grad_head is None else grad_head * scale.to(grad_head.dtype),
-            None, None, None, None, None,
+            None, None, None, None,
         )  # fmt: skip

@@ -31,6 +31,7 @@ from specforge.layers.documents import query_blocks
 from specforge.layers.rows import take_rows
 from specforge.methods.base import Plan, StepOutput
 from specforge.methods.distillation import chunk_borders, soft_cross_entropy
+from specforge.methods.teacher import CompressedTeacher, ExactTeacher, Teacher
 from specforge.models.draft_folder import read_draft_config, read_draft_tensors
 from specforge.models.eagle3 import Eagle3Config, Eagle3Draft, LayerState, StepRows
 
@@ -106,6 +107,7 @@ class Eagle3(nn.Module):
 
     embedding_VH: torch.Tensor
     teacher_head_DH: torch.Tensor
+    to_draft_V: torch.Tensor
 
     def __init__(self, options: Eagle3Options, draft: Eagle3Draft, tables: TargetTables) -> None:
         super().__init__()
@@ -115,6 +117,9 @@ class Eagle3(nn.Module):
         kept = torch.arange(draft.config.draft_vocab_size) + draft.d2t
         self.register_buffer("embedding_VH", tables.embedding, persistent=False)
         self.register_buffer("teacher_head_DH", tables.head[kept].contiguous(), persistent=False)
+        to_draft_V = torch.full((len(draft.t2d),), -1, dtype=torch.int32)
+        to_draft_V[kept] = torch.arange(len(kept), dtype=torch.int32)
+        self.register_buffer("to_draft_V", to_draft_V, persistent=False)
         self._in_vocabulary_V = draft.t2d.numpy().copy()
 
     @classmethod
@@ -219,11 +224,11 @@ class Eagle3(nn.Module):
         first_row = np.cumsum([0, *(len(out) for out in outputs[:-1])])
         row_N = np.concatenate([first + step.supervised_S for first, step in zip(first_row, steps, strict=True)])[by_teacher]
         hidden_NH = self.draft.final_norm(take_rows(torch.cat(outputs), torch.from_numpy(row_N).to(device)))
-        teacher_UH = batch.last[torch.from_numpy(teacher_U).to(device)]
+        teacher = self._teacher(batch, torch.from_numpy(teacher_U).to(device))
         head_DH = self.teacher_head_DH if self.draft.lm_head is None else self.draft.lm_head.weight
         chunks = [(a, b, int(teacher_N[a]), int(teacher_N[b - 1]) + 1) for a, b in chunk_borders(teacher_N, self.options.loss_chunk_rows)]
         loss_sum, proposals_N = soft_cross_entropy(
-            hidden_NH, head_DH.to(hidden_NH.dtype), teacher_UH, self.teacher_head_DH,
+            hidden_NH, head_DH.to(hidden_NH.dtype), teacher,
             torch.from_numpy(teacher_N).to(device), torch.from_numpy(weight_N.astype(np.float32)).to(device), chunks,
         )  # fmt: skip
 
@@ -238,3 +243,9 @@ class Eagle3(nn.Module):
             "count": zeros.index_add(0, columns, torch.ones_like(right_N, dtype=torch.float32)),
         }
         return StepOutput(loss_sum, tally, proposals_TK)
+
+    def _teacher(self, batch: DraftBatch, token_U: torch.Tensor) -> Teacher:
+        """The target's distribution at some tokens, exact where the batch has its last hidden state."""
+        if not batch.top_ids.numel():
+            return ExactTeacher(batch.last[token_U], self.teacher_head_DH)
+        return CompressedTeacher(batch.top_ids[token_U], batch.top_log_probs[token_U], self.to_draft_V, len(self.teacher_head_DH))

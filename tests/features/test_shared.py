@@ -241,6 +241,7 @@ def test_a_damaged_span_is_made_again(tmp_path: Path, target_path: Path, offline
         ({"aux_layer_ids": (1, 2)}, r"aux_layer_ids: asked for is \(1, 2, 3\), this process has \(1, 2\)"),
         ({"dtype": "bfloat16"}, "dtype: asked for is 'float32', this process has 'bfloat16'"),
         ({"template_digest": "x"}, "template_digest"),
+        ({"teacher_top_k": 8}, "teacher_top_k: asked for is 0, this process has 8"),
         ({}, "rows: asked for is"),
     ],
 )

@@ -62,7 +62,7 @@ def opened(kind: str, folder: Path, target_path: Path, world: World, capture_tok
 def feed(store: MemoryFeatureStore, target: Target) -> None:
     for span in Spans(len(store), SEED, BATCH, TOTAL).following(0, STEPS):
         for number in dict.fromkeys(span.samples):
-            store.put(number, capture_group(target, [store.samples[number]], AUX)[0], span.position)
+            store.put(number, capture_group(target, [store.samples[number]], store.meta)[0], span.position)
 
 
 def train(world: World, kind: str, folder: Path, target_path: Path, capture_tokens: int, dtype: str = "float32") -> dict[str, torch.Tensor]:
@@ -141,7 +141,7 @@ def test_bf16_features_of_shared_forwards_stay_within_their_roundings(target_pat
     2^-7 of the number at most; after L layers that is 2 L 2^-7 of the largest number, to first order."""
     target, samples = Target.load(target_path, "bfloat16"), make_samples(LENGTHS)
     numbers, bound = range(len(samples)), 2 * target.num_layers * 2**-7
-    alone, grouped = (capture_samples(target, samples, numbers, tokens, AUX) for tokens in (ALONE, GROUPED))
+    alone, grouped = (capture_samples(target, samples, numbers, tokens, meta_of("bfloat16")) for tokens in (ALONE, GROUPED))
 
     def distance(one: torch.Tensor, other: torch.Tensor) -> float:
         return float((one.float() - other.float()).abs().max() / other.float().abs().max())
@@ -159,7 +159,7 @@ def memory(limit_tokens: int = 100, wait_s: float = 0.1) -> MemoryFeatureStore:
 
 def test_memory_gives_each_sample_once(target_path: Path) -> None:
     store = memory()
-    features = capture_samples(Target.load(target_path, "float32"), store.samples, [0, 1], ALONE, AUX)
+    features = capture_samples(Target.load(target_path, "float32"), store.samples, [0, 1], ALONE, store.meta)
     assert open_store(offer("run", store)) is store
     for number in (0, 1):
         store.put(number, features[number])
@@ -179,7 +179,7 @@ def test_memory_gives_each_sample_once(target_path: Path) -> None:
 
 def test_memory_is_bounded(target_path: Path) -> None:
     store = memory(limit_tokens=20)
-    features = capture_samples(Target.load(target_path, "float32"), store.samples, [0, 1], ALONE, AUX)
+    features = capture_samples(Target.load(target_path, "float32"), store.samples, [0, 1], ALONE, store.meta)
     store.put(0, features[0])
     with pytest.raises(FeatureError, match=r"limit_bytes=\d+: no room for sample 's1'"):
         store.put(1, features[1])

@@ -122,7 +122,7 @@ def test_missing_store_and_other_format_are_refused(tmp_path: Path) -> None:
     index_path = folder / "index.json"
     manifest["files"]["index.json"] = {"size_bytes": index_path.stat().st_size, "sha256": files.sha256_file(index_path)}
     (folder / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(FeatureError, match="store format 9 is not 1"):
+    with pytest.raises(FeatureError, match="store format 9 is not 2"):
         LocalFeatureStore(folder)
 
 

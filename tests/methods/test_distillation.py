@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from specforge.methods.distillation import chunk_borders, soft_cross_entropy
+from specforge.methods.teacher import ExactTeacher
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
@@ -21,7 +22,7 @@ def test_chunks_equal_whole_logits(chunk_rows: int, dtype: torch.dtype, toleranc
     borders = chunk_borders(teacher_N.numpy(), chunk_rows)
     assert len(borders) == {1: len(teacher), 100: 1}.get(chunk_rows, len(borders))
     chunks = [(a, b, int(teacher_N[a]), int(teacher_N[b - 1]) + 1) for a, b in borders]
-    loss, proposals = soft_cross_entropy(hidden, head, teacher, teacher_head, teacher_N, weight, chunks)
+    loss, proposals = soft_cross_entropy(hidden, head, ExactTeacher(teacher, teacher_head), teacher_N, weight, chunks)
 
     logits = hidden @ head.T
     target = (teacher @ teacher_head.T).softmax(-1)[teacher_N]
