@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from specforge.distributed.attempt import fresh_store
 from specforge.distributed.launcher import read_place
 from specforge.errors import ConfigError, SpecForgeError
 
@@ -44,7 +45,11 @@ class World:
         if place.size > 1:
             os.environ.update(place.variables)
             if not dist.is_initialized():
-                dist.init_process_group("cpu:gloo,cuda:nccl" if on_cuda else "gloo", timeout=timedelta(seconds=timeout_s))
+                timeout = timedelta(seconds=timeout_s)
+                store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
+                fresh = fresh_store(store, rank, size, timeout)
+                backend = "cpu:gloo,cuda:nccl" if on_cuda else "gloo"
+                dist.init_process_group(backend, store=fresh, rank=rank, world_size=size, timeout=timeout)
             nodes = [""] * place.size
             dist.all_gather_object(nodes, place.node)
             neighbours = [rank for rank, node in enumerate(nodes) if node == place.node]
