@@ -33,17 +33,24 @@ class Producer:
         self._samples_sha256 = samples_sha256(samples)
 
     def run(self) -> int:
-        """Serve until the trainer has read its last span; returns how many spans this process made."""
-        made, patience, seen = 0, Patience(self._wait_s), -1
-        while (request := self._request()) is None or request.position < request.spans.total_samples:
-            if request is not None and request.position != seen:
-                seen = request.position
+        """Serve until the trainer has read its last span; returns how many spans this process made.
+
+        A training that had ended before this producer came is not the one it came for: it waits for the next.
+        """
+        patience = Patience(self._wait_s)
+        while (request := self._request()) is None or request.is_done:
+            patience.pause(f"no training reads from {self.folder}; start one, or end this producer")
+        made, position = 0, -1
+        while request is not None and not request.is_done:
+            if request.position != position:
+                position = request.position
                 patience.renew()
-            if request is not None and self.make_one(request):
+            if self.make_one(request):
                 made += 1
                 patience.renew()
             else:
-                patience.pause(f"the trainer reads nothing from {self.folder}; start it, or end this producer")
+                patience.pause(f"the training that reads from {self.folder} does not go on; start it again, or end this producer")
+            request = self._request()
         return made
 
     def _request(self) -> Request | None:

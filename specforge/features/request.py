@@ -78,6 +78,10 @@ class Request:
         same = dataclasses.asdict(dataclasses.replace(self, position=0, ahead=0, retain=False))
         return hashlib.sha256(json.dumps(same).encode()).hexdigest()
 
+    @property
+    def is_done(self) -> bool:
+        return self.position >= self.spans.total_samples
+
     def wanted(self) -> list[Span]:
         """The spans that may be there now."""
         return list(self.spans.following(self.position, self.ahead))

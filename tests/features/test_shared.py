@@ -282,6 +282,26 @@ def test_excluded_samples_are_not_made(tmp_path: Path, target_path: Path) -> Non
     assert sorted(read) == [0, 1, 2, 3, 4, 5, 6, 8, 9]
 
 
+def test_a_producer_serves_the_training_that_goes_on_after_an_ended_one(
+    tmp_path: Path, target_path: Path, offline: LocalFeatureStore
+) -> None:
+    """It is started before the longer training is, and must not take the end of the first for its own."""
+    store = shared(tmp_path)
+    with store.reading(loader(store)._spans, TOTAL):
+        pass
+    with processes(1, lambda: producer(tmp_path, target_path).run()) as producers:
+        time.sleep(0.3)
+
+        def longer(store: Any) -> FeatureDataLoader:
+            data = FeatureDataLoader(store, SEED, BATCH, 64, TOTAL + 8, World())
+            data.seek(TOTAL)
+            return data
+
+        assert_same(batches(longer(shared(tmp_path))), batches(longer(offline)))
+        producers[0].join(20)
+        assert producers[0].exitcode == 0
+
+
 def test_two_runs_in_one_folder(tmp_path: Path) -> None:
     first, second = shared(tmp_path), shared(tmp_path)
     spans = loader(first)._spans
@@ -292,7 +312,7 @@ def test_two_runs_in_one_folder(tmp_path: Path) -> None:
 def test_waiting_has_an_end_and_says_what_is_missing(tmp_path: Path, target_path: Path) -> None:
     with pytest.raises(FeatureError, match=r"span-000000000000.safetensors is not there yet; run `specforge produce`.*0.2 s in vain"):
         list(loader(shared(tmp_path / "a", wait_s=0.2)))
-    with pytest.raises(FeatureError, match="the trainer reads nothing"):
+    with pytest.raises(FeatureError, match="no training reads from"):
         producer(tmp_path / "b", target_path, wait_s=0.2).run()
 
 
