@@ -207,15 +207,15 @@ def test_locked_sections_never_overlap(tmp_path: Path) -> None:
     counter.write_text("0")
 
     def add() -> None:
-        for _ in range(25):
+        for _ in range(200):
             lock = files.Lock(tmp_path / "lock")
-            lock.acquire(poll_s=0.0005)
+            lock.acquire(poll_s=0)
             counter.write_text(str(int(counter.read_text()) + 1))
             lock.release()
 
     for process in [fork(add) for _ in range(4)]:
         process.join()
-    assert counter.read_text() == "100"
+    assert counter.read_text() == "800"
 
 
 def test_fingerprint_is_of_content_and_names(tmp_path: Path) -> None:

@@ -93,6 +93,7 @@ def test_cache_entry_is_produced_again_or_refused(tmp_path: Path) -> None:
         before = cache.try_get(config)
         entry = cache.get_or_produce(config, produce)
         assert before in (None, entry)
+        assert not entry.is_symlink()
         assert not list(folder.glob(".*staging*"))
         return (entry / "part" / "features.json").read_text()
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from specforge.config.load import load_config, to_dict
+from specforge.errors import ConfigError
 from specforge.features.tables import TargetConfig, TargetTables
 from specforge.log.run_log import read_metrics
 from tests.hostile.harness import outcomes, wrong
@@ -78,6 +79,13 @@ def test_configuration(tmp_path: Path) -> None:
     found = outcomes(base, cases, lambda folder: to_dict(load_config(folder / "c.yaml")), tmp_path, names=names_a_key)
     assert len(found) == len(variants) > 200
     assert wrong(found, ANYTHING) == {}
+
+
+@pytest.mark.parametrize("text", ["run_id: !!python/name:os.system", "run_id: ! x", "run_id: &a x\noutput_dir: *a", BOMB])
+def test_tags_anchors_and_aliases_are_refused_before_anything_is_made(tmp_path: Path, text: str) -> None:
+    (tmp_path / "c.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=r"c\.yaml' line 1: tags \(!\), anchors \(&\) and aliases \(\*\) are not allowed"):
+        load_config(tmp_path / "c.yaml")
 
 
 def test_metrics(tmp_path: Path) -> None:
