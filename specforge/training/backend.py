@@ -64,8 +64,8 @@ class FSDPTrainingBackend:
             self.method.set_is_last_backward(True)
             self.method.set_reshard_after_backward(True)
 
-    def backward(self, loss_sum: torch.Tensor, global_weight: float, *, boundary: bool) -> None:
-        """Add the gradient of `loss_sum / global_weight`; over all ranks it is reduced at the boundary only."""
+    def backward(self, loss_sum: torch.Tensor, global_weight: torch.Tensor | float, *, boundary: bool) -> None:
+        """Add the gradient of `loss_sum / global_weight` (a scalar, on the device); over all ranks it is reduced at the boundary only."""
         with nullcontext() if boundary else self.no_sync():
             # FSDP averages over ranks; the sum over ranks is wanted.
             (loss_sum * (self.world.size / global_weight)).backward()

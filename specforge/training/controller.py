@@ -40,6 +40,7 @@ class StepNumbers(NamedTuple):
 
     norm: float
     """Of the gradient, before clipping."""
+    weight: float
     loss_sum: float
     tokens: float
     correct_K: torch.Tensor
@@ -63,10 +64,10 @@ class Interval:
     steps: int = 0
     started_s: float = 0.0
 
-    def add(self, step: StepNumbers, weight: float) -> None:
+    def add(self, step: StepNumbers) -> None:
         self.norm = step.norm
         self.loss_sum += step.loss_sum
-        self.weight += weight
+        self.weight += step.weight
         self.tokens += step.tokens
         self.correct_K = self.correct_K + step.correct_K
         self.count_K = self.count_K + step.count_K
@@ -180,28 +181,32 @@ class TrainerController:
         phase, losses, tallies = self.profile.phase, [], []
         with phase("plan"):
             plans = window.plans or [self.method.plan(batch) for batch in window.batches]
-            weight = float(self.world.sum_(torch.tensor(sum(plan.weight for plan in plans), dtype=torch.float64)))
+            weight = torch.tensor(sum(plan.weight for plan in plans), dtype=torch.float64).to(self.world.device, non_blocking=True)
+            self.world.sum_(weight)
+            divisor = torch.where(weight > 0, weight, 1.0)  # nothing is supervised in this window: a step of zero gradients
         for index, (batch, plan) in enumerate(zip(window.batches, plans, strict=True)):
             with phase("forward"):
                 output = self.backend(batch.to(self.world.device), plan)
             with phase("backward"):
-                self.backend.backward(output.loss_sum, weight or 1.0, boundary=index == len(plans) - 1)
+                self.backend.backward(output.loss_sum, divisor, boundary=index == len(plans) - 1)
             losses.append(output.loss_sum.detach())
             tallies.append(output.tally)
         with phase("clip"):
             norm = self.backend.clip()
         tokens = sum(batch.documents.num_tokens for batch in window.batches if batch.samples)
         with phase("read"):
-            numbers = self._reduce(losses, tallies, norm, tokens)
+            numbers = self._reduce(losses, tallies, norm, weight, tokens)
         if not (math.isfinite(numbers.norm) and math.isfinite(numbers.loss_sum)):
             self._stop_for_non_finite(window, losses)
         with phase("optimiser"):
             self.backend.step(learning_rate(self.config, self.state.step, self.total_steps))
         self.state = self.state.advanced(window.samples)
-        self._interval.add(numbers, weight)
+        self._interval.add(numbers)
         return numbers
 
-    def _reduce(self, losses: list[torch.Tensor], tallies: list[dict[str, torch.Tensor]], norm: torch.Tensor, tokens: int) -> StepNumbers:
+    def _reduce(
+        self, losses: list[torch.Tensor], tallies: list[dict[str, torch.Tensor]], norm: torch.Tensor, weight: torch.Tensor, tokens: int
+    ) -> StepNumbers:
         """Add up over all ranks; reading the sums is the one time in a step that the host waits for the device."""
         known = torch.cat([torch.tensor([tokens, self.checkpoints.failed], dtype=torch.float64), self._stop.reasons()])
         local = torch.cat([
@@ -210,11 +215,11 @@ class TrainerController:
             torch.stack([tally["correct"] for tally in tallies]).sum(0).double(),
             torch.stack([tally["count"] for tally in tallies]).sum(0).double(),
         ])  # fmt: skip
-        numbers = torch.cat([norm.detach().reshape(1).double(), self.world.sum_(local)]).cpu()
-        norm_, loss_sum, tokens_, failed, orphaned, *heard = numbers[: 5 + len(SIGNALS)].tolist()
-        correct_K, count_K = numbers[5 + len(SIGNALS) :].chunk(2)
+        numbers = torch.cat([norm.detach().reshape(1).double(), weight.reshape(1), self.world.sum_(local)]).cpu()
+        norm_, weight_, loss_sum, tokens_, failed, orphaned, *heard = numbers[: 6 + len(SIGNALS)].tolist()
+        correct_K, count_K = numbers[6 + len(SIGNALS) :].chunk(2)
         signals = [number for number, count in zip(SIGNALS, heard, strict=True) if count]
-        return StepNumbers(norm_, loss_sum, tokens_, correct_K, count_K, failed > 0, orphaned > 0, signals)
+        return StepNumbers(norm_, weight_, loss_sum, tokens_, correct_K, count_K, failed > 0, orphaned > 0, signals)
 
     def _stop_if_asked(self, numbers: StepNumbers) -> None:
         """End the run on all ranks if one of them must: after a save, unless saving is what failed or nobody waits for it."""
