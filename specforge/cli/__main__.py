@@ -17,6 +17,7 @@ COMMANDS = {
     "produce": "make features for a training that reads them while it runs (features.source=shared)",
     "eval": "measure a checkpoint on held-out answers",
     "doctor": "say what this machine and a configuration lack for training",
+    "bench": "speed and memory of a training step, as ratios within one run",
     "demo": "the whole story in minutes: embedded target, train, kill, resume, measure",
 }
 

@@ -33,8 +33,8 @@ class Eagle3Options:
     """Normalise the concatenation of the captured layers before the fusion."""
     norm_output: bool = False
     """Hand the normed instead of the plain hidden state to the next step."""
-    loss_chunk_rows: int = 512
-    """Target positions whose vocabulary-wide numbers exist at one time."""
+    loss_chunk_rows: int = 256
+    """Rows whose vocabulary-wide numbers exist at one time; one row for each step and supervised target."""
 
     def __post_init__(self) -> None:
         for key in ("draft_tokens", "layers", "loss_chunk_rows"):

@@ -71,19 +71,23 @@ class _SoftCrossEntropy(torch.autograd.Function):
             rows = slice(row_start, row_end)
             target_UD = teacher.distribution(teacher_start, teacher_end, wide)
             target_ND = target_UD.index_select(0, teacher_N[rows] - teacher_start)
+            del target_UD
             logits_ND = hidden_NH[rows] @ head_DH.T
             best_N, proposals_N[rows] = logits_ND.max(-1)
             draft_ND = logits_ND.softmax(-1, dtype=wide)
             # The largest probability is at least 1/D, so its logarithm is exact enough to give the normaliser.
             log_normaliser_N = best_N.to(wide) - draft_ND.gather(1, proposals_N[rows, None])[:, 0].log()
-            loss += weight_N[rows].to(wide) @ (log_normaliser_N - torch.linalg.vecdot(target_ND, logits_ND.to(wide)))
-            if grad_hidden is None and grad_head is None:
-                continue
+            loss += weight_N[rows].to(wide) @ (log_normaliser_N - logits_ND.to(wide).mul_(target_ND).sum(-1))
+            del logits_ND
             grad_ND = draft_ND.sub_(target_ND).mul_(weight_N[rows, None]).to(head_DH.dtype)
+            del draft_ND, target_ND
             if grad_hidden is not None:
                 torch.mm(grad_ND, head_DH, out=grad_hidden[rows])
-            if grad_head is not None:
+            if grad_head is not None and grad_ND.dtype == wide:
+                grad_head.addmm_(grad_ND.T, hidden_NH[rows])
+            elif grad_head is not None:
                 grad_head += grad_ND.T @ hidden_NH[rows]
+            del grad_ND
         ctx.save_for_backward(grad_hidden, None if grad_head is None else grad_head.to(head_DH.dtype))
         ctx.mark_non_differentiable(proposals_N)
         return loss, proposals_N

@@ -178,7 +178,7 @@ class Eagle3(nn.Module):
 
     def forward(self, batch: DraftBatch, plan: TTTPlan) -> StepOutput:
         outputs = self._hidden_states(batch, plan)
-        return self._loss(batch, plan, outputs)
+        return self.loss(batch, plan, outputs)
 
     def _embed(self, ids: torch.Tensor) -> torch.Tensor:
         return F.embedding(ids, self.embedding_VH).to(self.draft.fc.weight.dtype)
@@ -212,7 +212,8 @@ class Eagle3(nn.Module):
             outputs.append(hidden)
         return outputs
 
-    def _loss(self, batch: DraftBatch, plan: TTTPlan, outputs: list[torch.Tensor]) -> StepOutput:
+    def loss(self, batch: DraftBatch, plan: TTTPlan, outputs: list[torch.Tensor]) -> StepOutput:
+        """Loss, counts and proposals from the outputs [R, H] of the steps."""
         device, steps = batch.input_ids.device, plan.steps[: len(outputs)]
         start_N = np.concatenate([step.rows_R[step.supervised_S] for step in steps])
         step_N = np.repeat(np.arange(len(steps)), [len(step.supervised_S) for step in steps])

@@ -18,7 +18,7 @@ from specforge.features.loader import FeatureDataLoader
 from specforge.features.producer import Producer
 from specforge.features.shared import SharedDirFeatureStore
 from specforge.features.span import Span, Spans
-from specforge.features.store import FeatureMeta
+from specforge.features.store import TENSORS, FeatureMeta
 from specforge.features.target import Target
 from specforge.features.uri import offer
 from specforge.log.run_log import read_metrics
@@ -151,6 +151,17 @@ def test_bf16_features_of_shared_forwards_stay_within_their_roundings(target_pat
             expected, got = getattr(alone[number], name), getattr(grouped[number], name)
             assert distance(got, expected) < bound
             assert distance(expected.roll(1, 0), expected) > bound, "a feature of another token is farther away"
+
+
+@pytest.mark.gpu
+def test_a_stream_of_its_own_changes_nothing_on_a_gpu(target_path: Path) -> None:
+    target, samples, numbers = Target.load(target_path, "float32", "cuda"), make_samples(LENGTHS), range(len(LENGTHS))
+    store = OnlineFeatureStore(samples, meta_of(), lambda: target, ALONE)
+    spans = Spans(len(store), SEED, len(store), len(store))
+    with store.reading(spans, 0):
+        taken = store.take(next(spans.following(0, 1)), numbers)
+    expected = capture_samples(target, samples, numbers, ALONE, meta_of())
+    assert all(torch.equal(getattr(taken[number], name), getattr(expected[number], name)) for number in numbers for name in TENSORS)
 
 
 def memory(limit_tokens: int = 100, wait_s: float = 0.1) -> MemoryFeatureStore:

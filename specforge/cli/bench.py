@@ -1,0 +1,39 @@
+"""`specforge bench train-step|loss-memory`: speed and memory of a training step, measured on random features."""
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+
+
+def run(words: Sequence[str]) -> int:
+    from specforge.bench.synthetic import SHAPES, Shape
+
+    parser = argparse.ArgumentParser(prog="specforge bench", description="The last line of the output is one JSON object.")
+    benches = parser.add_subparsers(dest="bench", required=True)
+    step = benches.add_parser("train-step", help="EAGLE-3 forward and backward against the matrix products in it; float32, one thread")
+    step.add_argument("--shape", choices=SHAPES, default="small", help="named sizes; the flags below change single ones")
+    for size in fields(Shape):
+        step.add_argument(f"--{size.name.replace('_', '-')}", type=int, metavar="N")
+    step.add_argument("--repeats", type=int, default=30, help="the best of so many counts")
+    step.add_argument("--peer", type=Path, metavar="PYTHON", help="compare with `speculators` in the environment of scripts/peer.sh")
+    benches.add_parser(
+        "loss-memory", help="growth of the resident set in the loss, chunked and naive: 4,096 tokens, a vocabulary of 128,256"
+    )
+    given = parser.parse_args(words)
+    if given.bench == "loss-memory":
+        from specforge.bench.loss_memory import measure_both
+
+        print(json.dumps(measure_both()))
+        return 0
+
+    from specforge.bench.train_step import measure, state_mib
+
+    changed = {size.name: getattr(given, size.name) for size in fields(Shape) if getattr(given, size.name) is not None}
+    shape = replace(SHAPES[given.shape], **changed)
+    numbers = measure(shape, given.repeats, given.peer)
+    short, long = (state_mib(shape, tokens) for tokens in (1024, 2048))
+    print(f"state kept for the backward: {short:.1f} MiB at 1,024 tokens a document, {long:.1f} MiB at 2,048: {long / short:.2f} times")
+    print(json.dumps(numbers))
+    return 0
