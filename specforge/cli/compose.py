@@ -49,7 +49,8 @@ def contract(config: RunConfig) -> dict[str, Any]:
     whole = json.loads(json.dumps(to_dict(config)))
     train = {key: value for key, value in whole["train"].items() if key not in _FREE_TRAIN_SETTINGS}
     data = {key: value for key, value in whole["data"].items() if key != "exclude_ids"}
-    return {"seed": whole["seed"], "model": whole["model"], "method": whole["method"], "data": data, "train": train}
+    features = {"teacher_top_k": whole["features"]["teacher_top_k"]}
+    return {"seed": whole["seed"], "model": whole["model"], "method": whole["method"], "data": data, "features": features, "train": train}
 
 
 def starting_point(config: RunConfig) -> Checkpoint | None:

@@ -49,7 +49,8 @@ def load_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
     path = Path(config.tokenizer_path)
     if not path.is_dir():
         raise ConfigError(f"model.tokenizer_path={str(path)!r}: there is no such folder; give the folder of a tokenizer or of the target.")
-    return AutoTokenizer.from_pretrained(path, local_files_only=True)
+    with files.foreign(path, ConfigError, "model.tokenizer_path must hold a tokenizer that transformers loads without code of its own"):
+        return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
 
 
 def build_encoder(config: RunConfig) -> Encoder:

@@ -61,7 +61,7 @@ def capture_features(
     """
     shards = plan_shards([len(sample.input_ids) for sample in samples], meta.bytes_per_token, capture_tokens, shard_bytes)
     work = folder.with_name(f".{folder.name}.capture")
-    with Rendezvous(folder.parent, world) as meeting, contextlib.ExitStack() as held:
+    with files.writable(folder.parent, FeatureError), Rendezvous(folder.parent, world) as meeting, contextlib.ExitStack() as held:
         if world.is_main:
             lock = files.Lock(work.with_name(f"{work.name}.lock"))
             if not lock.try_acquire():

@@ -75,7 +75,7 @@ def regenerate(
         FeatureError: `out_path` exists, or an interrupted run with other settings or prompts left its answers there.
     """
     parts = out_path.with_name(f".{out_path.name}.parts")
-    with Rendezvous(out_path.parent, world) as meeting, contextlib.ExitStack() as held:
+    with files.writable(out_path.parent, FeatureError), Rendezvous(out_path.parent, world) as meeting, contextlib.ExitStack() as held:
         if world.is_main:
             lock = files.Lock(parts.with_name(f"{parts.name}.lock"))
             if not lock.try_acquire():

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from specforge import files
 from specforge.errors import ConfigError, FeatureError
 
 _LOGIT_ROWS = 1024
@@ -78,13 +79,11 @@ class Target:
         if not any(folder.glob("*.safetensors")):
             raise FeatureError(f"model.target_path={str(path)!r}: no *.safetensors there; convert the weights, other formats are not read.")
         placement: dict[str, Any] = {"device_map": device_map} if device_map else {}
-        try:
+        with files.foreign(folder, FeatureError, "model.target_path must be a model that transformers loads; choose another target"):
             model, report = AutoModelForCausalLM.from_pretrained(
                 folder, dtype=getattr(torch, dtype), local_files_only=True, trust_remote_code=False, use_safetensors=True,
                 output_loading_info=True, **placement,
             )  # fmt: skip
-        except (OSError, ValueError, KeyError) as cause:
-            raise FeatureError(f"model.target_path={str(path)!r}: transformers cannot load it ({cause}); choose another target.") from cause
         absent = sorted({*report["missing_keys"], *(mismatch[0] for mismatch in report["mismatched_keys"])})
         if absent:
             raise FeatureError(

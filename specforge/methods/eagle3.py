@@ -21,6 +21,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from specforge import files
 from specforge.config.methods import Eagle3Options
 from specforge.data.vocabulary import DraftVocabulary
 from specforge.errors import CheckpointError
@@ -146,13 +147,15 @@ class Eagle3(nn.Module):
     def read(cls, options: Eagle3Options, tables: TargetTables, folder: Path) -> Self:
         """The shape and vocabulary of a checkpointed draft; its weights are loaded by the caller, sharded or whole."""
         stored = read_draft_config(folder)
+        kinds = {**files.kinds_of(Eagle3Config), "aux_layer_ids": list}
+        files.check_fields(stored, f"{folder}/config.json", CheckpointError, **kinds)
         tensors = read_draft_tensors(folder, ("d2t", "t2d"))
         vocabulary = DraftVocabulary.from_tables(tensors["d2t"].numpy(), tensors["t2d"].numpy())
-        config = Eagle3Config(**{**stored, "aux_layer_ids": tuple(stored["aux_layer_ids"])})
+        config = Eagle3Config(**{**{name: stored[name] for name in kinds}, "aux_layer_ids": tuple(stored["aux_layer_ids"])})
         expected = derive_config(options, tables, config.aux_layer_ids, config.draft_vocab_size)
         differing = [
             f"{key} is {getattr(config, key)!r}, this run wants {getattr(expected, key)!r}"
-            for key in stored
+            for key in kinds
             if getattr(config, key) != getattr(expected, key)
         ]
         if differing:
