@@ -1,4 +1,4 @@
-"""`specforge bench train-step|loss-memory`: speed and memory of a training step, measured on random features."""
+"""`specforge bench train-step|loss-memory|save`: speed and memory of a training step and of a save, on random features."""
 
 import argparse
 import json
@@ -21,7 +21,15 @@ def run(words: Sequence[str]) -> int:
     benches.add_parser(
         "loss-memory", help="growth of the resident set in the loss, chunked and naive: 4,096 tokens, a vocabulary of 128,256"
     )
+    save = benches.add_parser("save", help="how long a checkpoint keeps training waiting, against writing it at once")
+    save.add_argument("--out", type=Path, default=Path(), help="folder to write into (default: the current one)")
+    save.add_argument("--repeats", type=int, default=10, help="saves of each kind")
     given = parser.parse_args(words)
+    if given.bench == "save":
+        from specforge.bench.save import measure as measure_saves
+
+        print(json.dumps(measure_saves(given.out, given.repeats)))
+        return 0
     if given.bench == "loss-memory":
         from specforge.bench.loss_memory import measure_both
 

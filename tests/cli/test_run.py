@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from specforge import files
-from specforge.cli.__main__ import main
+from specforge.cli.__main__ import COMMANDS, main
 from specforge.cli.compose import build_controller, evaluate_checkpoint
 from specforge.config import RunConfig, load_config
 from specforge.distributed import World
@@ -217,7 +217,7 @@ def test_plan_writes_nothing(prepared: tuple[Path, list[str]], tmp_path: Path, c
 
 
 def test_commands_explain_themselves(capsys: pytest.CaptureFixture[str]) -> None:
-    for command in ("train", "prepare", "eval", "demo"):
+    for command in COMMANDS:
         with pytest.raises(SystemExit) as ended:
             main([command, "--help"])
         assert ended.value.code == 0

@@ -10,6 +10,7 @@ from specforge.distributed import World, randomness
 from specforge.features.loader import FeatureDataLoader
 from specforge.training.backend import FSDPTrainingBackend
 from tests.tiny import make_method, make_samples, make_store, make_target
+from tests.training.test_resume import controller_for, fingerprint, same
 
 pytestmark = pytest.mark.gpu
 
@@ -35,3 +36,19 @@ def test_the_generator_of_the_device_is_restored() -> None:
     drawn = torch.rand(3, device="cuda")
     randomness.restore(state)
     assert torch.equal(torch.rand(3, device="cuda"), drawn)
+
+
+def test_a_checkpoint_of_the_device_comes_back(tmp_path: Path) -> None:
+    """Weights, moments and the generators of host and device, copied while the device worked."""
+    target = make_target(tmp_path / "target")
+    store = make_store(tmp_path / "store", target, make_samples([40, 9, 21, 17]))
+    world = World(device=torch.device("cuda", 0))
+    controller = controller_for(world, tmp_path / "run", target, store.folder)
+    controller.fit()
+    drawn = torch.rand(3, device="cuda")
+    ended = fingerprint(controller)
+    again = controller_for(world, tmp_path / "run", target, store.folder, "latest")
+    assert torch.equal(torch.rand(3, device="cuda"), drawn)
+    assert same([fingerprint(again)], [ended])
+    again.log.close()
+    again.checkpoints.release()
