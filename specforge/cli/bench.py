@@ -1,10 +1,18 @@
-"""`specforge bench train-step|loss-memory`: speed and memory of a training step, measured on random features."""
+"""`specforge bench train-step|loss-memory`: speed and memory of a training step, measured on random features.
+
+It runs in a process whose allocator and threads are set as those of the quickstart's training are.
+"""
 
 import argparse
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
+
+from specforge.cli.demo import CALM
 
 
 def run(words: Sequence[str]) -> int:
@@ -22,6 +30,8 @@ def run(words: Sequence[str]) -> int:
         "loss-memory", help="growth of the resident set in the loss, chunked and naive: 4,096 tokens, a vocabulary of 128,256"
     )
     given = parser.parse_args(words)
+    if any(os.environ.get(name) != value for name, value in CALM.items()):
+        return subprocess.run([sys.executable, "-m", "specforge", "bench", *words], env={**os.environ, **CALM}, check=False).returncode
     if given.bench == "loss-memory":
         from specforge.bench.loss_memory import measure_both
 
