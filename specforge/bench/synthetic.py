@@ -48,7 +48,7 @@ SHAPES = {
 }  # fmt: skip
 
 
-def make_method(shape: Shape) -> Eagle3:
+def make_method(shape: Shape, *, activation_checkpointing: bool = False) -> Eagle3:
     """EAGLE-3 with decay 1; the weights are those of `torch.manual_seed(0)`."""
     torch.manual_seed(0)
     config = TargetConfig(
@@ -58,7 +58,12 @@ def make_method(shape: Shape) -> Eagle3:
         tie_word_embeddings=False, bos_token_id=None, eos_token_ids=(),
     )  # fmt: skip
     tables = TargetTables(torch.randn(shape.vocab, shape.hidden), torch.randn(shape.vocab, shape.hidden) / shape.hidden**0.5, config)
-    options = Eagle3Options(draft_tokens=shape.draft_tokens, step_decay=1.0, draft_vocab_size=shape.draft_vocab)
+    options = Eagle3Options(
+        draft_tokens=shape.draft_tokens,
+        step_decay=1.0,
+        draft_vocab_size=shape.draft_vocab,
+        activation_checkpointing=activation_checkpointing,
+    )
     vocabulary = DraftVocabulary(np.linspace(0, shape.vocab - 1, shape.draft_vocab).astype(np.int64), shape.vocab)
     return Eagle3(options, Eagle3Draft(derive_config(options, tables, AUX_LAYERS, shape.draft_vocab), vocabulary), tables)
 

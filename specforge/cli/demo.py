@@ -27,7 +27,7 @@ from specforge.log.run_log import read_metrics
 
 TRAIN_PROMPTS, HELDOUT_PROMPTS, ANSWER_TOKENS = 2400, 260, 64
 STEPS, EVERY, KILL_AFTER = 600, 100, 240
-_CALM = {
+CALM = {
     "OMP_NUM_THREADS": "1",
     "OMP_WAIT_POLICY": "PASSIVE",
     "MALLOC_MMAP_THRESHOLD_": str(2**32),
@@ -136,7 +136,7 @@ class Story:
         return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "specforge", *words]
 
     def _environment(self) -> dict[str, str]:
-        return {**os.environ, **_CALM, "PYTHONWARNINGS": "ignore"}
+        return {**os.environ, **CALM, "PYTHONWARNINGS": "ignore"}
 
     def _torchrun(self, *words: str) -> None:
         command = self._command(*words)

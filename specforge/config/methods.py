@@ -35,6 +35,8 @@ class Eagle3Options:
     """Hand the normed instead of the plain hidden state to the next step."""
     loss_chunk_rows: int = 256
     """Rows whose vocabulary-wide numbers exist at one time; one row for each step and supervised target."""
+    activation_checkpointing: bool = False
+    """Compute attention and feed-forward of each step again in the backward: the same bits, less memory, more time."""
 
     def __post_init__(self) -> None:
         for key in ("draft_tokens", "layers", "loss_chunk_rows"):

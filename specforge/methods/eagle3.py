@@ -115,6 +115,8 @@ class Eagle3(nn.Module):
         self.options = options
         self.draft = draft
         self.draft_tokens = options.draft_tokens
+        for layer in draft.stack:
+            layer.checkpointing = options.activation_checkpointing
         kept = torch.arange(draft.config.draft_vocab_size) + draft.d2t
         self.register_buffer("embedding_VH", tables.embedding, persistent=False)
         self.register_buffer("teacher_head_DH", tables.head[kept].contiguous(), persistent=False)

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from specforge.data.vocabulary import DraftVocabulary
 from specforge.layers.attention import prefix_and_own_attention
@@ -94,6 +95,7 @@ class Eagle3Layer(nn.Module):
         hidden, heads, groups = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
         width = 2 * hidden if first else hidden
         self.head_dim, self.heads, self.groups, self.eps = config.head_dim, heads, groups, config.rms_norm_eps
+        self.checkpointing = False
         self.input_layernorm = nn.RMSNorm(hidden, config.rms_norm_eps) if first else None
         self.hidden_norm = nn.RMSNorm(hidden, config.rms_norm_eps)
         self.q_proj = nn.Linear(width, heads * config.head_dim, bias=False)
@@ -126,9 +128,16 @@ class Eagle3Layer(nn.Module):
 
     def mix(self, hidden_RH: torch.Tensor, q_RhD: torch.Tensor, state: LayerState, rows: StepRows) -> torch.Tensor:
         """Attention and feed-forward, each added to what went in."""
-        mixed_RhD = prefix_and_own_attention(q_RhD, state.prefix_T2gD, state.own_k_RhD, state.own_v_RhD, rows.token_R, rows.blocks)
-        hidden_RH = hidden_RH + self.o_proj(mixed_RhD.flatten(1))
-        return hidden_RH + self.down_proj(swiglu(F.linear(normalise(hidden_RH, self.eps), state.gate_up_YH)))
+        own_k, own_v = tuple(state.own_k_RhD), tuple(state.own_v_RhD)  # as they are now: a second pass must not see later steps
+
+        def run(hidden_RH: torch.Tensor, q_RhD: torch.Tensor) -> torch.Tensor:
+            mixed_RhD = prefix_and_own_attention(q_RhD, state.prefix_T2gD, own_k, own_v, rows.token_R, rows.blocks)
+            hidden_RH = hidden_RH + self.o_proj(mixed_RhD.flatten(1))
+            return hidden_RH + self.down_proj(swiglu(F.linear(normalise(hidden_RH, self.eps), state.gate_up_YH)))
+
+        if self.checkpointing and torch.is_grad_enabled():
+            return checkpoint(run, hidden_RH, q_RhD, use_reentrant=False, preserve_rng_state=False)
+        return run(hidden_RH, q_RhD)
 
 
 class Eagle3Draft(nn.Module):

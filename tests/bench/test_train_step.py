@@ -41,10 +41,10 @@ def test_counted_flops_of_the_small_shape() -> None:
     assert 0.96 * every_row < counted < every_row
 
 
-def test_the_command_ends_in_one_json_object(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_ends_in_one_json_object(capfd: pytest.CaptureFixture[str]) -> None:
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in vars(TINY).items()]
     assert main(["bench", "train-step", *flags, "--repeats=1"]) == 0
-    *_, growth, last = capsys.readouterr().out.splitlines()
+    *_, growth, last = capfd.readouterr().out.splitlines()
     assert "at 1,024 tokens" in growth
     numbers = json.loads(last)
     assert set(numbers) == {"ms", "floor_ms", "ratio_to_floor", "half_supervised_ratio", "peak_rss_mb", "peer_ratio", "loss"}

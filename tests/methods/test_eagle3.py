@@ -129,3 +129,27 @@ def test_weight_counts_only_targets_in_the_draft_vocabulary(target_path: Path, s
     inside = sum(bool(reduced.draft.t2d[argmax[p]]) for p in pairs)
     assert 0 < inside < len(pairs)
     assert reduced.plan(batch).weight == inside
+
+
+def test_activation_checkpointing_gives_the_same_bits_from_less_memory(target_path: Path, store: LocalFeatureStore) -> None:
+    """What autograd saves outside of checkpoints shrinks by more than the hidden states and queries that these hold on to."""
+    batch = DraftBatch.pack(range(len(store)), [store.read(i) for i in range(len(store))])
+    results = []
+    for checkpointing in (False, True):
+        method = make_method(target_path, store, layers=2, draft_tokens=4, activation_checkpointing=checkpointing)
+        saved: dict[int, torch.UntypedStorage] = {}
+
+        def keep(tensor: torch.Tensor, saved: dict[int, torch.UntypedStorage] = saved) -> torch.Tensor:
+            saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss_sum = step(method, batch).loss_sum
+        bytes_saved = sum(storage.nbytes() for storage in saved.values())
+        loss_sum.backward()
+        results.append((loss_sum.detach(), [p.grad for p in method.parameters()], bytes_saved))
+    (loss, gradients, plain_bytes), (again, gradients_again, checkpoint_bytes) = results
+    assert torch.equal(loss, again)
+    assert all(torch.equal(left, right) for left, right in zip(gradients, gradients_again, strict=True))
+    held_bytes = 4 * 2 * batch.documents.num_tokens * (32 + 32) * 4  # steps, layers, rows, hidden state and query, float32
+    assert checkpoint_bytes + held_bytes < plain_bytes
