@@ -1,11 +1,7 @@
-<<<<<<< HEAD
-"""`specforge bench train-step|loss-memory|save`: speed and memory of a training step and of a save, on random features."""
-=======
-"""`specforge bench train-step|loss-memory`: speed and memory of a training step, measured on random features.
+"""`specforge bench train-step|loss-memory|save`: speed and memory of a training step and of a save, on random features.
 
 It runs in a process whose allocator and threads are set as those of the quickstart's training are.
 """
->>>>>>> main
 
 import argparse
 import json
@@ -37,16 +33,13 @@ def run(words: Sequence[str]) -> int:
     save.add_argument("--out", type=Path, default=Path(), help="folder to write into (default: the current one)")
     save.add_argument("--repeats", type=int, default=10, help="saves of each kind")
     given = parser.parse_args(words)
-<<<<<<< HEAD
+    if any(os.environ.get(name) != value for name, value in CALM.items()):
+        return subprocess.run([sys.executable, "-m", "specforge", "bench", *words], env={**os.environ, **CALM}, check=False).returncode
     if given.bench == "save":
         from specforge.bench.save import measure as measure_saves
 
         print(json.dumps(measure_saves(given.out, given.repeats)))
         return 0
-=======
-    if any(os.environ.get(name) != value for name, value in CALM.items()):
-        return subprocess.run([sys.executable, "-m", "specforge", "bench", *words], env={**os.environ, **CALM}, check=False).returncode
->>>>>>> main
     if given.bench == "loss-memory":
         from specforge.bench.loss_memory import measure_both
 
