@@ -198,12 +198,11 @@ class Eagle3(nn.Module):
         for index, step in enumerate(plan.steps):
             if not len(step.rows_R):
                 break
-            whole = index > 0 and len(step.keep_R) == len(hidden)
             rows = StepRows(
                 to_device(step.rows_R, device),
                 to_device(documents.position_T[step.rows_R] + index, device),
                 query_blocks(documents, step.rows_R),
-                None if whole else to_device(step.keep_R, device),
+                to_device(step.keep_R, device) if index else None,
             )
             if index == 0:
                 hidden, states = self.draft.first_step(fused_TH, self._embed(ids_T.roll(-1)), everywhere, rows)
