@@ -54,15 +54,15 @@ class QueryBlock:
 
 
 def query_blocks(documents: Documents, rows: np.ndarray, block_rows: int = 128) -> list[QueryBlock]:
-    """Cut the rows (ascending packed token indices) at document borders and into blocks.
+    """Cut the rows (ascending packed token indices) at document borders, and each document's into equal blocks of at most `block_rows`.
 
     A block's keys end at its last row, so that the part above the diagonal is mostly never computed.
     """
     blocks = []
     borders = np.searchsorted(rows, documents.starts)
     for document, (begin, stop) in enumerate(pairwise(borders)):
-        for start in range(begin, stop, block_rows):
-            end = min(start + block_rows, stop)
+        cuts = np.linspace(begin, stop, -(-(stop - begin) // block_rows) + 1).astype(np.int64)
+        for start, end in pairwise(cuts.tolist()):
             first, last = int(rows[start]), int(rows[end - 1])
-            blocks.append(QueryBlock(int(start), int(end), int(documents.starts[document]), last + 1, first))
+            blocks.append(QueryBlock(start, end, int(documents.starts[document]), last + 1, first))
     return blocks

@@ -2,7 +2,14 @@
 
 from typing import Any
 
+import numpy as np
 import torch
+
+
+def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
+    """The host's array on `device`; a GPU copies it from pinned memory while the host goes on."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def take_rows(x: torch.Tensor, index_R: torch.Tensor) -> torch.Tensor:

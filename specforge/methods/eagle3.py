@@ -29,7 +29,7 @@ from specforge.features.batch import DraftBatch
 from specforge.features.source import FeatureStore
 from specforge.features.tables import TargetTables
 from specforge.layers.documents import query_blocks
-from specforge.layers.rows import take_rows
+from specforge.layers.rows import take_rows, to_device
 from specforge.methods.base import Plan, StepOutput
 from specforge.methods.distillation import chunk_borders, soft_cross_entropy
 from specforge.methods.teacher import CompressedTeacher, ExactTeacher, Teacher
@@ -191,22 +191,21 @@ class Eagle3(nn.Module):
     def _hidden_states(self, batch: DraftBatch, plan: TTTPlan) -> list[torch.Tensor]:
         """The draft's output [R, H] of every step, before the final norm."""
         device, documents = batch.input_ids.device, batch.documents
-        ids_T, position_T = batch.input_ids.long(), torch.from_numpy(documents.position_T)
+        ids_T = batch.input_ids.long()
         fused_TH = self.draft.fuse(batch.aux)
         everywhere = StepRows(
-            torch.arange(documents.num_tokens, device=device), position_T.to(device),
+            torch.arange(documents.num_tokens, device=device), to_device(documents.position_T, device),
             query_blocks(documents, np.arange(documents.num_tokens)) if self.options.layers > 1 else [], None,
         )  # fmt: skip
         hidden, states, outputs = fused_TH, list[LayerState](), list[torch.Tensor]()
         for index, step in enumerate(plan.steps):
             if not len(step.rows_R):
                 break
-            whole = index > 0 and len(step.keep_R) == len(hidden)
             rows = StepRows(
-                torch.from_numpy(step.rows_R).to(device),
-                (position_T[step.rows_R] + index).to(device),
+                to_device(step.rows_R, device),
+                to_device(documents.position_T[step.rows_R] + index, device),
                 query_blocks(documents, step.rows_R),
-                None if whole else torch.from_numpy(step.keep_R).to(device),
+                to_device(step.keep_R, device) if index else None,
             )
             if index == 0:
                 hidden, states = self.draft.first_step(fused_TH, self._embed(ids_T.roll(-1)), everywhere, rows)
@@ -229,17 +228,17 @@ class Eagle3(nn.Module):
 
         first_row = np.cumsum([0, *(len(out) for out in outputs[:-1])])
         row_N = np.concatenate([first + step.supervised_S for first, step in zip(first_row, steps, strict=True)])[by_teacher]
-        hidden_NH = self.draft.final_norm(take_rows(torch.cat(outputs), torch.from_numpy(row_N).to(device)))
-        teacher = self._teacher(batch, torch.from_numpy(teacher_U).to(device))
+        hidden_NH = self.draft.final_norm(take_rows(torch.cat(outputs), to_device(row_N, device)))
+        teacher = self._teacher(batch, to_device(teacher_U, device))
         head_DH = self.teacher_head_DH if self.draft.lm_head is None else self.draft.lm_head.weight
         chunks = [(a, b, int(teacher_N[a]), int(teacher_N[b - 1]) + 1) for a, b in chunk_borders(teacher_N, self.options.loss_chunk_rows)]
         loss_sum, proposals_N = soft_cross_entropy(
             hidden_NH, head_DH.to(hidden_NH.dtype), teacher,
-            torch.from_numpy(teacher_N).to(device), torch.from_numpy(weight_N.astype(np.float32)).to(device), chunks,
+            to_device(teacher_N, device), to_device(weight_N.astype(np.float32), device), chunks,
         )  # fmt: skip
 
         ids_N = proposals_N + self.draft.d2t[proposals_N]
-        starts, columns = torch.from_numpy(start_N).to(device), torch.from_numpy(step_N).to(device)
+        starts, columns = to_device(start_N, device), to_device(step_N, device)
         proposals_TK = torch.full((batch.documents.num_tokens, self.draft_tokens), -1, dtype=torch.int32, device=device)
         proposals_TK[starts + 1, columns] = ids_N.int()
         right_N = ids_N == batch.argmax[starts + 1 + columns]

@@ -58,7 +58,7 @@ class StepRows:
     """RoPE position, int64."""
     blocks: list[QueryBlock]
     keep: torch.Tensor | None
-    """Which rows of the step before go on (int64 indices); None: all of them."""
+    """Which rows of the step before go on (int64 indices); None at step 0."""
 
 
 @dataclass
