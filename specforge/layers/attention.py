@@ -23,8 +23,8 @@ def prefix_and_own_attention(
     prefix_T2gD: torch.Tensor,
     own_k_RhD: Sequence[torch.Tensor],
     own_v_RhD: Sequence[torch.Tensor],
-    token_R: torch.Tensor,
     blocks: Sequence[QueryBlock],
+    biases: Sequence[torch.Tensor],
 ) -> torch.Tensor:
     """One softmax over prefix and own keys.
 
@@ -32,13 +32,20 @@ def prefix_and_own_attention(
         q_RhD: queries.
         prefix_T2gD: step-0 keys (index 0 of the second dimension) and values (1) of all tokens.
         own_k_RhD, own_v_RhD: keys and values of each later step, at the same rows, repeated for each query head; empty at step 0.
-        token_R: packed token index of each row, ascending.
         blocks: how rows and their keys are cut; they cover all rows.
+        biases: the `causal_bias` of each block.
 
     Returns:
         [R, h, D].
     """
-    return _PrefixAndOwnAttention.apply(token_R, blocks, q_RhD, prefix_T2gD, *own_k_RhD, *own_v_RhD)
+    return _PrefixAndOwnAttention.apply(blocks, biases, q_RhD, prefix_T2gD, *own_k_RhD, *own_v_RhD)
+
+
+def causal_bias(block: QueryBlock, token_R: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """-inf where a key lies after the row, for the keys after the block's first row: [rows, 1, keys]."""
+    token_K = torch.arange(block.first_token + 1, block.key_end, device=token_R.device)
+    future_R1K = token_K > token_R[block.rows, None, None]
+    return torch.zeros_like(future_R1K, dtype=dtype).masked_fill_(future_R1K, float("-inf"))
 
 
 class _PrefixAndOwnAttention(torch.autograd.Function):
@@ -46,7 +53,12 @@ class _PrefixAndOwnAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, token_R: torch.Tensor, blocks: Sequence[QueryBlock], q_RhD: torch.Tensor, prefix_T2gD: torch.Tensor, *own: torch.Tensor
+        ctx: Any,
+        blocks: Sequence[QueryBlock],
+        biases: Sequence[torch.Tensor],
+        q_RhD: torch.Tensor,
+        prefix_T2gD: torch.Tensor,
+        *own: torch.Tensor,
     ) -> torch.Tensor:
         own_k, own_v = own[: len(own) // 2], own[len(own) // 2 :]
         k_gTD, v_gTD = prefix_T2gD.permute(1, 2, 0, 3)
@@ -54,7 +66,7 @@ class _PrefixAndOwnAttention(torch.autograd.Function):
         q_RhD = q_RhD * q_RhD.shape[2] ** -0.5
         q_gRpD, own_scores_gRpJ = _by_group(q_RhD, groups), _by_group(_dots(q_RhD, own_k), groups)
         own_weights_gRpJ, out_gRpD = torch.empty_like(own_scores_gRpJ), torch.empty_like(q_gRpD)
-        biases, kept = [_causal_bias(block, token_R, q_RhD.dtype) for block in blocks], []
+        kept: list[torch.Tensor | None] = []
         for block, bias in zip(blocks, biases, strict=True):
             weights = _weights(block, bias, q_gRpD, k_gTD, own_scores_gRpJ)
             prefix_gNK, own_weights_gRpJ[:, block.rows] = weights
@@ -83,9 +95,9 @@ class _PrefixAndOwnAttention(torch.autograd.Function):
             if prefix_gNK is None:
                 prefix_gNK, _ = _weights(block, bias, q_gRpD, k_gTD, own_scores_gRpJ)
             q_gND, grad_gND, along_gN1 = (x[:, rows].flatten(1, 2) for x in (q_gRpD, grad_gRpD, along_gRp1))
-            grad_v_gTD[:, keys] += prefix_gNK.mT @ grad_gND
+            grad_v_gTD[:, keys].baddbmm_(prefix_gNK.mT, grad_gND)
             scores_grad_gNK = torch.bmm(grad_gND, v_gTD[:, keys].mT).sub_(along_gN1).mul_(prefix_gNK)
-            grad_k_gTD[:, keys] += scores_grad_gNK.mT @ q_gND
+            grad_k_gTD[:, keys].baddbmm_(scores_grad_gNK.mT, q_gND)
             torch.bmm(scores_grad_gNK, k_gTD[:, keys], out=grad_q_gRpD[:, rows].flatten(1, 2))
         grad_q_RhD = _by_row(grad_q_gRpD)
         own_grad_RhJ = _dots(grad_RhD, own_v).sub_(along_Rh1).mul_(own_weights_RhJ)
@@ -113,13 +125,6 @@ def _dots(x_RhD: torch.Tensor, own_RhD: Sequence[torch.Tensor]) -> torch.Tensor:
     for index, y_RhD in enumerate(own_RhD):
         torch.sum(x_RhD * y_RhD, -1, out=products[..., index])
     return products
-
-
-def _causal_bias(block: QueryBlock, token_R: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """-inf where a key lies after the row, for the keys after the block's first row: [rows, 1, keys]."""
-    token_K = torch.arange(block.first_token + 1, block.key_end, device=token_R.device)
-    future_R1K = token_K > token_R[block.rows, None, None]
-    return torch.zeros_like(future_R1K, dtype=dtype).masked_fill_(future_R1K, float("-inf"))
 
 
 def _weights(

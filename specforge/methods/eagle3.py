@@ -7,12 +7,13 @@ supervised and in the same document and the target's arg-max for it is in the dr
     loss_sum = sum_j gamma^j sum_t w_tj CE_tj        weight = sum_j gamma^j sum_t w_tj
 
 (arXiv 2503.01840, section 3.2; the normalisation is ours). A row is computed at step j only while it still has a
-supervised target at step j or later: no other row ever sees it, so leaving it out is exact.
+supervised target at step j or later: no other row ever sees it, so leaving it out is exact. Where only few rows could
+leave, they stay, since moving the others together costs more.
 """
 
 import dataclasses
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -28,13 +29,15 @@ from specforge.errors import CheckpointError
 from specforge.features.batch import DraftBatch
 from specforge.features.source import FeatureStore
 from specforge.features.tables import TargetTables
-from specforge.layers.documents import query_blocks
 from specforge.layers.rows import take_rows, to_device
 from specforge.methods.base import Plan, StepOutput
 from specforge.methods.distillation import chunk_borders, soft_cross_entropy
 from specforge.methods.teacher import CompressedTeacher, ExactTeacher, Teacher
 from specforge.models.draft_folder import read_draft_config, read_draft_tensors
 from specforge.models.eagle3 import Eagle3Config, Eagle3Draft, LayerState, StepRows
+
+_FEW_ROWS = 1 / 16
+"""Share of the rows that must leave together."""
 
 
 @dataclass(frozen=True)
@@ -43,8 +46,8 @@ class TTTStep:
 
     rows_R: np.ndarray
     """Packed token indices of the computed rows, ascending."""
-    keep_R: np.ndarray
-    """Where these rows stood among the rows of the step before."""
+    keep_R: np.ndarray | None
+    """Where these rows stood among the rows of the step before; None: they are the same rows."""
     supervised_S: np.ndarray
     """Which of the R rows have a supervised target at this very step."""
 
@@ -70,11 +73,12 @@ def plan_ttt(batch: DraftBatch, in_vocabulary_V: np.ndarray, num_steps: int, dec
     needed_JT = np.logical_or.accumulate(supervised_JT[::-1], axis=0)[::-1]
     # Every rank's backward must reach the parameters, or the reduction of the others would wait for it.
     needed_JT[0, 0] |= not needed_JT[0].any()
-    steps, before = [], np.arange(tokens)
+    steps, rows = list[TTTStep](), np.flatnonzero(needed_JT[0])
     for step in range(num_steps):
-        rows = np.flatnonzero(needed_JT[step])
-        steps.append(TTTStep(rows, np.searchsorted(before, rows), np.flatnonzero(supervised_JT[step, rows])))
-        before = rows
+        needed, keep = np.flatnonzero(needed_JT[step]), None
+        if len(needed) <= (1 - _FEW_ROWS) * len(rows):
+            rows, keep = needed, np.searchsorted(rows, needed)
+        steps.append(TTTStep(rows, keep, np.flatnonzero(supervised_JT[step, rows])))
     weight = sum(decay**step * float(counted_JT[step].sum()) for step in range(num_steps))
     return TTTPlan(weight, tuple(steps), counted_JT)
 
@@ -193,26 +197,25 @@ class Eagle3(nn.Module):
         device, documents = batch.input_ids.device, batch.documents
         ids_T = batch.input_ids.long()
         fused_TH = self.draft.fuse(batch.aux)
-        everywhere = StepRows(
-            torch.arange(documents.num_tokens, device=device), to_device(documents.position_T, device),
-            query_blocks(documents, np.arange(documents.num_tokens)) if self.options.layers > 1 else [], None,
-        )  # fmt: skip
+        dtype, all_T = fused_TH.dtype, np.arange(documents.num_tokens if self.options.layers > 1 else 0)
+        everywhere = StepRows.of(documents, all_T, to_device(documents.position_T, device), dtype)
         hidden, states, outputs = fused_TH, list[LayerState](), list[torch.Tensor]()
         for index, step in enumerate(plan.steps):
             if not len(step.rows_R):
                 break
-            rows = StepRows(
-                to_device(step.rows_R, device),
-                to_device(documents.position_T[step.rows_R] + index, device),
-                query_blocks(documents, step.rows_R),
-                to_device(step.keep_R, device) if index else None,
-            )
+            position_R = to_device(documents.position_T[step.rows_R] + index, device)
             if index == 0:
+                rows = StepRows.of(documents, step.rows_R, position_R, dtype)
                 hidden, states = self.draft.first_step(fused_TH, self._embed(ids_T.roll(-1)), everywhere, rows)
             else:
-                if rows.keep is not None:
-                    hidden = take_rows(hidden, rows.keep)
-                hidden = self.draft.next_step(hidden, rows.token_R + index, rows, states)
+                rows = replace(rows, position_R=position_R)
+                if step.keep_R is not None:
+                    rows, keep_R = StepRows.of(documents, step.rows_R, position_R, dtype), to_device(step.keep_R, device)
+                    hidden = take_rows(hidden, keep_R)
+                    for state in states:
+                        state.keep(keep_R)
+                # Rows that nobody asks any more may reach beyond the last token: they are fed the first ones.
+                hidden = self.draft.next_step(hidden, (rows.token_R + index) % documents.num_tokens, rows, states)
             outputs.append(hidden)
         return outputs
 

@@ -7,7 +7,7 @@ Shapes: T packed tokens, R rows of a step, H hidden, A captured layers, h query 
 """
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -16,11 +16,11 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from specforge.data.vocabulary import DraftVocabulary
-from specforge.layers.attention import prefix_and_own_attention
-from specforge.layers.documents import QueryBlock
+from specforge.layers.attention import causal_bias, prefix_and_own_attention
+from specforge.layers.documents import Documents, QueryBlock, query_blocks
 from specforge.layers.norm import normalise
 from specforge.layers.rotary import Rotary, rotate
-from specforge.layers.rows import take_rows
+from specforge.layers.rows import take_rows, to_device
 from specforge.layers.swiglu import swiglu
 
 
@@ -48,7 +48,7 @@ class Eagle3Config:
     norm_output: bool
 
 
-@dataclass
+@dataclass(frozen=True)
 class StepRows:
     """The rows of one step and where they sit."""
 
@@ -57,8 +57,13 @@ class StepRows:
     position_R: torch.Tensor
     """RoPE position, int64."""
     blocks: list[QueryBlock]
-    keep: torch.Tensor | None
-    """Which rows of the step before go on (int64 indices); None at step 0."""
+    biases: list[torch.Tensor]
+    """The causal border of each block."""
+
+    @classmethod
+    def of(cls, documents: Documents, rows_R: np.ndarray, position_R: torch.Tensor, dtype: torch.dtype) -> Self:
+        token_R, blocks = to_device(rows_R, position_R.device), query_blocks(documents, rows_R)
+        return cls(token_R, position_R, blocks, [causal_bias(block, token_R, dtype) for block in blocks])
 
 
 @dataclass
@@ -131,7 +136,7 @@ class Eagle3Layer(nn.Module):
         own_k, own_v = tuple(state.own_k_RhD), tuple(state.own_v_RhD)  # as they are now: a second pass must not see later steps
 
         def run(hidden_RH: torch.Tensor, q_RhD: torch.Tensor) -> torch.Tensor:
-            mixed_RhD = prefix_and_own_attention(q_RhD, state.prefix_T2gD, own_k, own_v, rows.token_R, rows.blocks)
+            mixed_RhD = prefix_and_own_attention(q_RhD, state.prefix_T2gD, own_k, own_v, rows.blocks, rows.biases)
             hidden_RH = hidden_RH + self.o_proj(mixed_RhD.flatten(1))
             return hidden_RH + self.down_proj(swiglu(F.linear(normalise(hidden_RH, self.eps), state.gate_up_YH)))
 
@@ -205,8 +210,6 @@ class Eagle3Draft(nn.Module):
         cos_R, sin_R = self.rotary(hidden_RH, rows.position_R)
         hidden = self.final_norm(hidden_RH) if self.config.norm_output else hidden_RH
         for layer, state in zip(self.stack, states, strict=True):
-            if rows.keep is not None:
-                state.keep(rows.keep)
             embedded_RX = None if state.embedded_TX is None else take_rows(state.embedded_TX, fed_R)
             q_RhD, kv_R2gD = layer.queries_keys_values(hidden, state.qkv_XH, embedded_RX, cos_R, sin_R)
             state.add(kv_R2gD, layer.heads)

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from specforge.layers import attention
-from specforge.layers.attention import prefix_and_own_attention
+from specforge.layers.attention import causal_bias, prefix_and_own_attention
 from specforge.layers.documents import Documents, query_blocks
 
 GROUPS, PAIRS, WIDTH = 2, 3, 8
@@ -49,7 +49,9 @@ def test_blocks_equal_the_dense_form(
     q_RhD, prefix_T2gD = random(len(rows), heads, WIDTH), random(documents.num_tokens, 2, GROUPS, WIDTH)
     own_k, own_v = ([random(len(rows), heads, WIDTH) for _ in range(num_own)] for _ in range(2))
     blocks = query_blocks(documents, rows, block_rows=7)
-    fast = prefix_and_own_attention(q_RhD, prefix_T2gD, own_k, own_v, token_R, blocks)
+    fast = prefix_and_own_attention(
+        q_RhD, prefix_T2gD, own_k, own_v, blocks, [causal_bias(block, token_R, q_RhD.dtype) for block in blocks]
+    )
     slow = dense(q_RhD, prefix_T2gD, own_k, own_v, token_R, torch.from_numpy(documents.index_T))
     torch.testing.assert_close(fast, slow, rtol=tolerance, atol=tolerance)
     direction, inputs = torch.randn_like(fast), [q_RhD, prefix_T2gD, *own_k, *own_v]
