@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from specforge.bench.synthetic import SHAPES, make_batch, make_method
+from specforge.bench.synthetic import SHAPES, Shape, make_batch, make_method
 from specforge.config.schema import TrainConfig
 from specforge.distributed import World
 from specforge.training.backend import FSDPTrainingBackend
@@ -15,13 +15,12 @@ from specforge.training.checkpoint import CheckpointManager
 from specforge.training.state import TrainState
 
 
-def measure(folder: Path, repeats: int) -> dict[str, float]:
+def measure(folder: Path, repeats: int, shape: Shape = SHAPES["wide"]) -> dict[str, float]:
     """Medians over `repeats` saves below `folder`, both kinds by turns, and the size of one checkpoint in MB.
 
     `stall_ms` is what `save` takes while steps are trained; `sync_ms` is `save` and the wait for its end. The step beside a
     write is compared with a step that has the machine to itself.
     """
-    shape = SHAPES["wide"]
     method = make_method(shape)
     backend = FSDPTrainingBackend(method, TrainConfig(), World())
     batch = make_batch(shape, method)

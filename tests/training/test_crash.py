@@ -249,6 +249,7 @@ def test_a_signal_ends_all_ranks_after_a_save(number: signal.Signals, tmp_path: 
     code, message, step = first
     assert (code, step) == (128 + number, 3)
     assert message.startswith(f"{number.name} ended the run after step 3, which is saved")
+    assert resolve(tmp_path / "cut" / "latest").step == 3
     assert [line["signal"] for line in read_metrics(tmp_path / "cut" / "metrics.jsonl") if line.get("event") == "interrupted"] == [
         number.name
     ]
