@@ -9,12 +9,13 @@ import pytest
 import torch
 from torch.distributed.tensor import DTensor
 
-from specforge.cli.compose import build_controller
+from specforge.cli.compose import build_controller, horizon
 from specforge.config import RunConfig
 from specforge.distributed import World
 from specforge.errors import CheckpointError
 from specforge.log.run_log import read_metrics
 from specforge.training.controller import TrainerController
+from specforge.training.state import TrainState
 from specforge.training.stop import StoppedError
 from tests.cli.test_run import config_of
 from tests.ranks import run_ranks
@@ -88,3 +89,9 @@ def test_another_batch_size_is_refused_or_exact(prepared: tuple[Path, list[str]]
     controller.checkpoints.release()
     second = train_part(World(), config_of(prepared, tmp_path, *more, "train.allow_config_change=true"), 0)
     assert sorted(first.ids + second.ids) == sorted(f"r{number}" for number in range(ROWS))
+
+
+def test_a_run_counted_in_steps_keeps_its_steps(prepared: tuple[Path, list[str]], tmp_path: Path) -> None:
+    """Two steps of 4 samples are done; eight of 5 remain."""
+    config = config_of(prepared, tmp_path, "train.steps=10", "train.batch_samples=5")
+    assert horizon(config, ROWS, TrainState("r", step=2, samples_seen=8)) == (10, 8 + 8 * 5)

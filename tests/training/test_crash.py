@@ -1,5 +1,6 @@
 """SIGKILL at every single change that saving makes to a run folder: what stays resumes, to the same bits, best included."""
 
+import concurrent.futures
 import errno
 import hashlib
 import json
@@ -164,6 +165,8 @@ def full_disk(world: World, folder: Path, target_path: Path, features: Path) -> 
         if state.step == 4 and world.rank == 1:
             resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
         save(state, *rest)
+        if state.step == 4:
+            concurrent.futures.wait([controller.checkpoints._saving])
 
     controller.checkpoints.save = limited  # type: ignore[method-assign, assignment]
     with pytest.raises(CheckpointError) as failure:
@@ -174,6 +177,7 @@ def full_disk(world: World, folder: Path, target_path: Path, features: Path) -> 
 def test_a_full_disk_leaves_the_checkpoint_before(tmp_path: Path, target_path: Path, store: LocalFeatureStore) -> None:
     (first, step), second = run_ranks(full_disk, tmp_path, target_path, store.folder, world=2)
     assert second == (first, step), "all ranks stop alike"
+    assert step == 5, "at the first step after the failure, not at the next save"
     assert "r-step4 was not saved: rank 1: " in first and "File too large" in first
     assert "Earlier checkpoints are untouched; make room" in first and f"train.resume_from={tmp_path}/latest" in first
     assert newest(tmp_path) == find_checkpoints(tmp_path)[-1]
