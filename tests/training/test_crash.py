@@ -165,8 +165,9 @@ def full_disk(world: World, folder: Path, target_path: Path, features: Path) -> 
         if state.step == 4 and world.rank == 1:
             resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
         save(state, *rest)
-        if state.step == 4:
-            concurrent.futures.wait([controller.checkpoints._saving])
+        saving = controller.checkpoints._saving
+        if state.step == 4 and saving is not None:
+            concurrent.futures.wait([saving])
 
     controller.checkpoints.save = limited  # type: ignore[method-assign, assignment]
     with pytest.raises(CheckpointError) as failure:
