@@ -132,9 +132,10 @@ def _weights(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The softmax of a block's N = rows * p queries: on its K prefix keys [g, N, K] and on their own ones [g, rows, p, J]."""
     num_keys, by_row = block.key_end - block.key_start, (-1, q_gRpD.shape[2])
-    scores_gNX = q_gRpD[:, block.rows].flatten(1, 2) @ k_gTD[:, block.keys].mT
-    scores_gNX[..., num_keys - bias_R1K.shape[2] :].unflatten(1, by_row).add_(bias_R1K)
-    if own_scores_gRpJ.shape[3]:
-        scores_gNX = torch.cat([scores_gNX, own_scores_gRpJ[:, block.rows].flatten(1, 2)], -1)
+    q_gND, own_scores_gNJ = (x[:, block.rows].flatten(1, 2) for x in (q_gRpD, own_scores_gRpJ))
+    scores_gNX = q_gND.new_empty(*q_gND.shape[:2], num_keys + own_scores_gNJ.shape[2])
+    torch.bmm(q_gND, k_gTD[:, block.keys].mT, out=scores_gNX[..., :num_keys])
+    scores_gNX[..., num_keys - bias_R1K.shape[2] : num_keys].unflatten(1, by_row).add_(bias_R1K)
+    scores_gNX[..., num_keys:] = own_scores_gNJ
     weights_gNX = scores_gNX.softmax(-1, dtype=torch.promote_types(q_gRpD.dtype, torch.float32)).to(q_gRpD.dtype)
     return weights_gNX[..., :num_keys], weights_gNX[..., num_keys:].unflatten(1, by_row)

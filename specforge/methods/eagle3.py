@@ -231,7 +231,9 @@ class Eagle3(nn.Module):
 
         first_row = np.cumsum([0, *(len(out) for out in outputs[:-1])])
         row_N = np.concatenate([first + step.supervised_S for first, step in zip(first_row, steps, strict=True)])[by_teacher]
-        hidden_NH = self.draft.final_norm(take_rows(torch.cat(outputs), to_device(row_N, device)))
+        # Step by step the norm stays in the cache of a CPU.
+        normed = torch.cat([self.draft.final_norm(output) for output in outputs])
+        hidden_NH = take_rows(normed, to_device(row_N, device))
         teacher = self._teacher(batch, to_device(teacher_U, device))
         head_DH = self.teacher_head_DH if self.draft.lm_head is None else self.draft.lm_head.weight
         chunks = [(a, b, int(teacher_N[a]), int(teacher_N[b - 1]) + 1) for a, b in chunk_borders(teacher_N, self.options.loss_chunk_rows)]
