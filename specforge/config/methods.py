@@ -33,6 +33,8 @@ class Eagle3Options:
     """Normalise the concatenation of the captured layers before the fusion."""
     norm_output: bool = False
     """Hand the normed instead of the plain hidden state to the next step."""
+    attention: Literal["blocks", "flex"] = "blocks"
+    """blocks: plain products, on any device; flex: one compiled block-sparse kernel, trains on CUDA only."""
     loss_chunk_rows: int = 256
     """Rows whose vocabulary-wide numbers exist at one time; one row for each step and supervised target."""
     activation_checkpointing: bool = False

@@ -13,11 +13,13 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.attention.flex_attention import BlockMask
 from torch.utils.checkpoint import checkpoint
 
 from specforge.data.vocabulary import DraftVocabulary
 from specforge.layers.attention import causal_bias, prefix_and_own_attention
 from specforge.layers.documents import Documents, QueryBlock, query_blocks
+from specforge.layers.flex import block_mask, flex_prefix_and_own_attention
 from specforge.layers.norm import normalise
 from specforge.layers.rotary import Rotary, rotate
 from specforge.layers.rows import take_rows, to_device
@@ -59,10 +61,15 @@ class StepRows:
     blocks: list[QueryBlock]
     biases: list[torch.Tensor]
     """The causal border of each block."""
+    mask: BlockMask | None = None
+    """In place of blocks and borders, for the compiled kernel."""
 
     @classmethod
-    def of(cls, documents: Documents, rows_R: np.ndarray, position_R: torch.Tensor, dtype: torch.dtype) -> Self:
-        token_R, blocks = to_device(rows_R, position_R.device), query_blocks(documents, rows_R)
+    def of(cls, documents: Documents, rows_R: np.ndarray, position_R: torch.Tensor, dtype: torch.dtype, flex: bool) -> Self:
+        token_R = to_device(rows_R, position_R.device)
+        if flex and len(rows_R):
+            return cls(token_R, position_R, [], [], block_mask(documents, rows_R, position_R.device))
+        blocks = query_blocks(documents, rows_R)
         return cls(token_R, position_R, blocks, [causal_bias(block, token_R, dtype) for block in blocks])
 
 
@@ -136,7 +143,10 @@ class Eagle3Layer(nn.Module):
         own_k, own_v = tuple(state.own_k_RhD), tuple(state.own_v_RhD)  # as they are now: a second pass must not see later steps
 
         def run(hidden_RH: torch.Tensor, q_RhD: torch.Tensor) -> torch.Tensor:
-            mixed_RhD = prefix_and_own_attention(q_RhD, state.prefix_T2gD, own_k, own_v, rows.blocks, rows.biases)
+            if rows.mask is None:
+                mixed_RhD = prefix_and_own_attention(q_RhD, state.prefix_T2gD, own_k, own_v, rows.blocks, rows.biases)
+            else:
+                mixed_RhD = flex_prefix_and_own_attention(q_RhD, state.prefix_T2gD, own_k, own_v, rows.mask)
             hidden_RH = hidden_RH + self.o_proj(mixed_RhD.flatten(1))
             return hidden_RH + self.down_proj(swiglu(F.linear(normalise(hidden_RH, self.eps), state.gate_up_YH)))
 

@@ -153,3 +153,13 @@ def test_activation_checkpointing_gives_the_same_bits_from_less_memory(target_pa
     assert all(torch.equal(left, right) for left, right in zip(gradients, gradients_again, strict=True))
     held_bytes = 4 * 2 * batch.documents.num_tokens * (32 + 32) * 4  # steps, layers, rows, hidden state and query, float32
     assert checkpoint_bytes + held_bytes < plain_bytes
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning")
+def test_block_sparse_attention_gives_the_same_evaluation(target_path: Path, store: LocalFeatureStore) -> None:
+    batch = DraftBatch.pack(range(len(store)), [store.read(number) for number in range(len(store))])
+    plain, flex = (make_method(target_path, store, layers=2, attention=attention) for attention in ("blocks", "flex"))
+    with torch.no_grad():
+        expected, got = (method(batch, method.plan(batch)) for method in (plain, flex))
+    torch.testing.assert_close(got.loss_sum, expected.loss_sum, rtol=1e-5, atol=0)
+    assert torch.equal(got.proposals_TK, expected.proposals_TK)
