@@ -7,7 +7,7 @@ import torch
 from specforge.errors import ConfigError
 from specforge.layers.attention import causal_bias, prefix_and_own_attention
 from specforge.layers.documents import Documents, query_blocks
-from specforge.layers.flex import block_mask, flex_prefix_and_own_attention
+from specforge.layers.flex import BLOCK, block_mask, flex_prefix_and_own_attention
 
 DOCUMENTS = Documents((200, 37, 1, 300))
 GROUPS, PAIRS, WIDTH = 2, 2, 16
@@ -47,6 +47,24 @@ def test_blocks_beyond_the_border_are_never_visited() -> None:
     mask = block_mask(DOCUMENTS, ROWS["all"], torch.device("cpu"))
     visited = mask.kv_num_blocks + (mask.full_kv_num_blocks if mask.full_kv_num_blocks is not None else 0)
     assert visited.flatten().tolist() == [1, 2, 2, 3, 4]
+
+
+@pytest.mark.parametrize("which", ROWS)
+def test_listed_blocks_hold_what_is_seen_and_whole_ones_nothing_else(which: str) -> None:
+    rows_R, tokens = ROWS[which], np.arange(DOCUMENTS.num_tokens)
+    seen_RT = (tokens <= rows_R[:, None]) & (DOCUMENTS.index_T == DOCUMENTS.index_T[rows_R][:, None])
+    mask = block_mask(DOCUMENTS, rows_R, torch.device("cpu"))
+    assert mask.full_kv_num_blocks is not None and mask.full_kv_indices is not None
+    for number, begin in enumerate(range(0, len(rows_R), BLOCK)):
+        some, whole = (
+            set(indices[0, 0, number, : counts[0, 0, number]].tolist())
+            for counts, indices in ((mask.kv_num_blocks, mask.kv_indices), (mask.full_kv_num_blocks, mask.full_kv_indices))
+        )
+        for keys in range(-(-DOCUMENTS.num_tokens // BLOCK)):
+            seen = seen_RT[begin : begin + BLOCK, keys * BLOCK : (keys + 1) * BLOCK]
+            assert keys in some | whole or not seen.any()
+            assert keys not in whole or (seen.all() and seen.shape[1] == BLOCK)
+        assert not some & whole
 
 
 def test_a_gradient_off_cuda_is_refused() -> None:
