@@ -32,7 +32,8 @@ from specforge.distributed import World
 world = World.join()
 controller = build_controller(load_config(sys.argv[1], sys.argv[2:]), world)
 mesh = next(controller.method.parameters()).device_mesh
-print(json.dumps([world.rank, world.local_rank, world.local_size, list(mesh.shape), mesh.mesh.tolist()]), flush=True)
+told = json.dumps([world.rank, world.local_rank, world.local_size, list(mesh.shape), mesh.mesh.tolist()])
+os.write(1, (told + chr(10)).encode())  # at once: two processes share the pipe
 controller.fit()
 world.leave()
 os._exit(0)
