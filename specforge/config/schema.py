@@ -76,7 +76,7 @@ class FeatureConfig:
     """offline: captured before the training and kept; online: the target runs in the training process, nothing is kept;
     shared: `specforge produce` makes them in other processes, a few steps ahead of the training."""
     path: str = ""
-    """Folder of the training features; empty: `output_dir/features/train`, or `.../shared` for that source."""
+    """Folder of the training features; empty: `output_dir/features/train`; of a shared source `output_dir/features/shared`."""
     cache_dir: str = ""
     """Root of the evaluation cache; empty: `output_dir/features`."""
     capture_tokens: int = 8192

@@ -3,17 +3,14 @@
 import dataclasses
 import itertools
 import logging
-import multiprocessing
 import os
 import signal
 import time
 from collections.abc import Callable
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from specforge import files
 from specforge.config.schema import EvalConfig
@@ -24,6 +21,7 @@ from specforge.eval.cache import META, EvalCache
 from specforge.features.capture import capture_features
 from specforge.features.store import FeatureMeta, LocalFeatureStore
 from specforge.features.target import Target
+from tests.processes import fork, wait_until
 from tests.ranks import run_ranks
 from tests.tiny import AUX, make_samples, make_target
 
@@ -54,23 +52,6 @@ def producer(calls: list[int] | None = None, text: str = "features") -> Callable
             calls.append(1)
 
     return produce
-
-
-def fork(fn: Callable[[], Any]) -> BaseProcess:
-    def work() -> None:
-        torch.set_num_threads(1)
-        fn()
-
-    process = multiprocessing.get_context("fork").Process(target=work)
-    process.start()
-    return process
-
-
-def wait_until(condition: Callable[[], Any]) -> None:
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 import contextlib
 import ctypes
-import multiprocessing
 import os
 import resource
 import signal
@@ -11,10 +10,8 @@ import time
 from collections.abc import Callable, Iterator
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 
 from specforge import files
 from specforge.config.schema import EvalConfig
@@ -22,9 +19,9 @@ from specforge.distributed.world import World
 from specforge.errors import FeatureError, SpecForgeError
 from specforge.eval.cache import META, EvalCache
 from specforge.features.rendezvous import Rendezvous
+from tests.processes import PATIENCE_S, fork, wait_until
 from tests.ranks import Collectives, run_ranks, start_ranks
 
-PATIENCE_S = 30
 _NEW_MOUNTS = 0x20000
 
 
@@ -32,23 +29,6 @@ _NEW_MOUNTS = 0x20000
 def config(tmp_path: Path) -> EvalConfig:
     (tmp_path / "rows.jsonl").write_text('{"id": "a"}\n')
     return EvalConfig(eval_data_path=str(tmp_path / "rows.jsonl"), cache_dir=str(tmp_path / "cache"))
-
-
-def fork(fn: Callable[[], Any]) -> BaseProcess:
-    def work() -> None:
-        torch.set_num_threads(1)
-        fn()
-
-    process = multiprocessing.get_context("fork").Process(target=work)
-    process.start()
-    return process
-
-
-def wait_until(condition: Callable[[], Any]) -> None:
-    deadline = time.monotonic() + PATIENCE_S
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
 
 
 def join(processes: list[BaseProcess]) -> None:

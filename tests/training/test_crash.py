@@ -4,7 +4,6 @@ import concurrent.futures
 import errno
 import hashlib
 import json
-import multiprocessing
 import os
 import resource
 import shutil
@@ -19,7 +18,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tqdm import tqdm
 
 from specforge.cli.compose import starting_point
 from specforge.config import load_config
@@ -30,6 +28,7 @@ from specforge.log.run_log import read_metrics
 from specforge.training.run_folder import find_checkpoints, newest, read_best, read_state, resolve
 from specforge.training.state import TrainState
 from specforge.training.stop import StoppedError
+from tests.processes import fork
 from tests.ranks import run_ranks
 from tests.training.test_resume import SCORES, controller_for, run, same
 
@@ -47,8 +46,6 @@ def changes_below(folder: Path, event: str, arguments: tuple[Any, ...]) -> bool:
 
 def train(folder: Path, target_path: Path, features: Path, resume: str, keep: int, kill_at: int, seen: Path) -> None:
     """In a child: train, and die at change number `kill_at` of the folder; what changed goes to `seen` otherwise."""
-    torch.set_num_threads(1)
-    tqdm.set_lock(threading.RLock())  # the one that forks share stays taken when one of them is killed
     names: list[str] = []
 
     def count(event: str, arguments: tuple[Any, ...]) -> None:
@@ -66,8 +63,7 @@ def train(folder: Path, target_path: Path, features: Path, resume: str, keep: in
 
 
 def in_child(*arguments: Any) -> int | None:
-    child = multiprocessing.get_context("fork").Process(target=train, args=arguments)
-    child.start()
+    child = fork(lambda: train(*arguments))
     child.join(60)
     return child.exitcode
 
