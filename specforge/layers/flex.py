@@ -64,11 +64,13 @@ def flex_prefix_and_own_attention(
         raise ConfigError("method.options.attention='flex': PyTorch has no gradient for it outside of CUDA; use attention=blocks.")
     k_1gTD, v_1gTD = prefix_T2gD.permute(1, 2, 0, 3)[:, None]
     kernel = _compiled() if q_RhD.is_cuda else flex_attention
-    out, aux = kernel(q_RhD.transpose(0, 1)[None], k_1gTD, v_1gTD, block_mask=mask, enable_gqa=True, return_aux=AuxRequest(lse=True))
+    out, aux = kernel(
+        q_RhD.transpose(0, 1)[None], k_1gTD, v_1gTD, block_mask=mask, scale=1.0, enable_gqa=True, return_aux=AuxRequest(lse=True)
+    )
     out_RhD, lse_Rh = out[0].transpose(0, 1), aux.lse[0].T
     if not own_k_RhD:
         return out_RhD
-    scores_RhJ = torch.stack([(q_RhD * k_RhD).sum(-1) for k_RhD in own_k_RhD], -1).to(lse_Rh.dtype) * q_RhD.shape[2] ** -0.5
+    scores_RhJ = torch.stack([(q_RhD * k_RhD).sum(-1) for k_RhD in own_k_RhD], -1).to(lse_Rh.dtype)
     total_Rh1 = torch.logaddexp(lse_Rh, scores_RhJ.logsumexp(-1))[..., None]
     out_RhD = out_RhD * (lse_Rh[..., None] - total_Rh1).exp().to(q_RhD.dtype)
     weights_RhJ = (scores_RhJ - total_Rh1).exp().to(q_RhD.dtype)

@@ -22,41 +22,20 @@ class Rotary(nn.Module):
         )
         self.tables = LlamaRotaryEmbedding(config)
 
-    def forward(self, x: torch.Tensor, position_T: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos, sin [T, 1, D] in the data type of `x`."""
-        cos_1TD, sin_1TD = self.tables(x, position_T[None])
-        return cos_1TD[0, :, None], sin_1TD[0, :, None]
+    def forward(self, num_positions: int) -> torch.Tensor:
+        """cos + i sin of each pair of dimensions at positions 0, 1, ...: complex64 [positions, 1, D / 2]."""
+        inverse_C = self.tables.inv_freq
+        cos_1PD, sin_1PD = self.tables(inverse_C, torch.arange(num_positions, device=inverse_C.device)[None])
+        return torch.complex(cos_1PD, sin_1PD)[0, :, None, : len(inverse_C)]
 
 
-def rotate(x_ThD: torch.Tensor, cos_T1D: torch.Tensor, sin_T1D: torch.Tensor, heads: int) -> torch.Tensor:
-    """Rotate the two halves of each of the first `heads` heads (the layout of Llama, "neox style") and copy the rest.
-
-    The angles are constants without gradient.
-    """
-    return _Rotate.apply(x_ThD, cos_T1D, sin_T1D, heads)
-
-
-class _Rotate(torch.autograd.Function):
-    """The transpose of a rotation is the rotation by the opposite angle."""
-
-    @staticmethod
-    def forward(ctx: Any, x_ThD: torch.Tensor, cos_T1D: torch.Tensor, sin_T1D: torch.Tensor, heads: int) -> torch.Tensor:
-        ctx.save_for_backward(cos_T1D, sin_T1D)
-        ctx.heads = heads
-        return _rotated(x_ThD, cos_T1D, sin_T1D, heads, 1)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        cos_T1D, sin_T1D = ctx.saved_tensors
-        return _rotated(grads[0], cos_T1D, sin_T1D, ctx.heads, -1), None, None, None
+def rotate(x_ThD: torch.Tensor, angle_T1C: torch.Tensor) -> torch.Tensor:
+    """Rotate the pairs (2i, 2i + 1) of each head, in float32 at least, where Llama rotates (i, i + D / 2): see `pair_rows`."""
+    wide = torch.promote_types(x_ThD.dtype, torch.float32)
+    pairs_ThC = torch.view_as_complex(x_ThD.to(wide).unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs_ThC * angle_T1C).flatten(-2).to(x_ThD.dtype)
 
 
-def _rotated(x_ThD: torch.Tensor, cos_T1D: torch.Tensor, sin_T1D: torch.Tensor, heads: int, sign: int) -> torch.Tensor:
-    out_ThD = torch.empty_like(x_ThD)
-    out_ThD[:, heads:] = x_ThD[:, heads:]
-    torch.mul(x_ThD[:, :heads], cos_T1D, out=out_ThD[:, :heads])
-    (first, second), (out_first, out_second) = (t[:, :heads].chunk(2, -1) for t in (x_ThD, out_ThD))
-    sin_first, sin_second = sin_T1D.chunk(2, -1)
-    out_first.addcmul_(second, sin_first, value=-sign)
-    out_second.addcmul_(first, sin_second, value=sign)
-    return out_ThD
+def pair_rows(weight_XH: torch.Tensor, head_dim: int) -> torch.Tensor:
+    """The rows of a Llama projection in the order that `rotate` wants; products of queries and keys stay the same."""
+    return weight_XH.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).flatten(0, 2)

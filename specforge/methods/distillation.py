@@ -6,6 +6,7 @@ target's. A target position taught to several steps has its product with the tar
 Shapes: N rows (one per step and token), U target positions, H hidden, D draft vocabulary.
 """
 
+import math
 from typing import Any
 
 import numpy as np
@@ -51,6 +52,20 @@ def soft_cross_entropy(
     return _SoftCrossEntropy.apply(hidden_NH, head_DH, teacher, teacher_N, weight_N, chunks)
 
 
+def row_maxima(logits_ND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`logits.max(-1)`, in two steps: a maximum without its index is many times faster on a CPU.
+
+    Args:
+        logits_ND: contiguous.
+    """
+    num_rows, size = logits_ND.shape
+    width = math.gcd(size, 64)
+    part_N = logits_ND.view(num_rows, -1, width).amax(-1).argmax(-1)
+    first_part_N = torch.arange(0, num_rows * size // width, size // width, device=logits_ND.device)
+    best_N, place_N = logits_ND.view(-1, width).index_select(0, first_part_N + part_N).max(-1)
+    return best_N, part_N * width + place_N
+
+
 class _SoftCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -73,7 +88,7 @@ class _SoftCrossEntropy(torch.autograd.Function):
             target_ND = target_UD.index_select(0, teacher_N[rows] - teacher_start)
             del target_UD
             logits_ND = hidden_NH[rows] @ head_DH.T
-            best_N, proposals_N[rows] = logits_ND.max(-1)
+            best_N, proposals_N[rows] = row_maxima(logits_ND)
             draft_ND = logits_ND.softmax(-1, dtype=wide)
             # The largest probability is at least 1/D, so its logarithm is exact enough to give the normaliser.
             log_normaliser_N = best_N.to(wide) - draft_ND.gather(1, proposals_N[rows, None])[:, 0].log()

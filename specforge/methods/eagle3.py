@@ -199,19 +199,20 @@ class Eagle3(nn.Module):
         fused_TH = self.draft.fuse(batch.aux)
         dtype, all_T = fused_TH.dtype, np.arange(documents.num_tokens if self.options.layers > 1 else 0)
         flex = self.options.attention == "flex"
-        everywhere = StepRows.of(documents, all_T, to_device(documents.position_T, device), dtype, flex)
+        angles_P1C = self.draft.rotary(max(documents.lengths) + len(plan.steps))
+        everywhere = StepRows.of(documents, all_T, angles_P1C[to_device(documents.position_T, device)], dtype, flex)
         hidden, states, outputs = fused_TH, list[LayerState](), list[torch.Tensor]()
         for index, step in enumerate(plan.steps):
             if not len(step.rows_R):
                 break
-            position_R = to_device(documents.position_T[step.rows_R] + index, device)
+            angle_R1C = angles_P1C[to_device(documents.position_T[step.rows_R] + index, device)]
             if index == 0:
-                rows = StepRows.of(documents, step.rows_R, position_R, dtype, flex)
+                rows = StepRows.of(documents, step.rows_R, angle_R1C, dtype, flex)
                 hidden, states = self.draft.first_step(fused_TH, self._embed(ids_T.roll(-1)), everywhere, rows)
             else:
-                rows = replace(rows, position_R=position_R)
+                rows = replace(rows, angle_R1C=angle_R1C)
                 if step.keep_R is not None:
-                    rows, keep_R = StepRows.of(documents, step.rows_R, position_R, dtype, flex), to_device(step.keep_R, device)
+                    rows, keep_R = StepRows.of(documents, step.rows_R, angle_R1C, dtype, flex), to_device(step.keep_R, device)
                     hidden = take_rows(hidden, keep_R)
                     for state in states:
                         state.keep(keep_R)

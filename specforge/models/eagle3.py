@@ -21,7 +21,7 @@ from specforge.layers.attention import causal_bias, prefix_and_own_attention
 from specforge.layers.documents import Documents, QueryBlock, query_blocks
 from specforge.layers.flex import block_mask, flex_prefix_and_own_attention
 from specforge.layers.norm import normalise
-from specforge.layers.rotary import Rotary, rotate
+from specforge.layers.rotary import Rotary, pair_rows, rotate
 from specforge.layers.rows import take_rows, to_device
 from specforge.layers.swiglu import swiglu
 
@@ -56,8 +56,8 @@ class StepRows:
 
     token_R: torch.Tensor
     """Packed token index of each row, int64, ascending."""
-    position_R: torch.Tensor
-    """RoPE position, int64."""
+    angle_R1C: torch.Tensor
+    """What `Rotary` gives for the position of each row."""
     blocks: list[QueryBlock]
     biases: list[torch.Tensor]
     """The causal border of each block."""
@@ -65,12 +65,12 @@ class StepRows:
     """In place of blocks and borders, for the compiled kernel."""
 
     @classmethod
-    def of(cls, documents: Documents, rows_R: np.ndarray, position_R: torch.Tensor, dtype: torch.dtype, flex: bool) -> Self:
-        token_R = to_device(rows_R, position_R.device)
+    def of(cls, documents: Documents, rows_R: np.ndarray, angle_R1C: torch.Tensor, dtype: torch.dtype, flex: bool) -> Self:
+        token_R = to_device(rows_R, angle_R1C.device)
         if flex and len(rows_R):
-            return cls(token_R, position_R, [], [], block_mask(documents, rows_R, position_R.device))
+            return cls(token_R, angle_R1C, [], [], block_mask(documents, rows_R, angle_R1C.device))
         blocks = query_blocks(documents, rows_R)
-        return cls(token_R, position_R, blocks, [causal_bias(block, token_R, dtype) for block in blocks])
+        return cls(token_R, angle_R1C, blocks, [causal_bias(block, token_R, dtype) for block in blocks])
 
 
 @dataclass
@@ -120,8 +120,9 @@ class Eagle3Layer(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, hidden, bias=False)
 
     def qkv_weights(self) -> list[torch.Tensor]:
-        """Projections of q, k and v below each other, one [X, H] for the hidden state and, in the first layer, one for the embedding."""
-        whole = torch.cat([self.q_proj.weight, self.k_proj.weight, self.v_proj.weight])
+        """Projections of scaled q, k and v below each other: one [X, H] for the hidden state, in the first layer one for the embedding."""
+        q, k = (pair_rows(projection.weight, self.head_dim) for projection in (self.q_proj, self.k_proj))
+        whole = torch.cat([q * self.head_dim**-0.5, k, self.v_proj.weight])
         norms = [self.hidden_norm] if self.input_layernorm is None else [self.input_layernorm, self.hidden_norm]
         return [part * norm.weight for part, norm in zip(whole.chunk(len(norms), 1), norms, strict=True)][::-1]
 
@@ -129,14 +130,14 @@ class Eagle3Layer(nn.Module):
         return torch.cat([self.gate_proj.weight, self.up_proj.weight]) * self.post_attention_layernorm.weight
 
     def queries_keys_values(
-        self, hidden_RH: torch.Tensor, qkv_XH: torch.Tensor, embedded_RX: torch.Tensor | None, cos: torch.Tensor, sin: torch.Tensor
+        self, hidden_RH: torch.Tensor, qkv_XH: torch.Tensor, embedded_RX: torch.Tensor | None, angle_R1C: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """q [R, h, D] and k, v [R, 2, g, D]."""
+        """q [R, h, D], scaled, and k, v [R, 2, g, D]."""
         x_RH = normalise(hidden_RH, self.eps)
-        qkv_RX = F.linear(x_RH, qkv_XH) if embedded_RX is None else torch.addmm(embedded_RX, x_RH, qkv_XH.T)
-        rotated = rotate(qkv_RX.unflatten(-1, (-1, self.head_dim)), cos, sin, self.heads + self.groups)
-        q_RhD, kv = rotated.split([self.heads, 2 * self.groups], 1)
-        return q_RhD, kv.unflatten(1, (2, self.groups))
+        qkv_RX = F.linear(x_RH, qkv_XH) if embedded_RX is None else embedded_RX.addmm(x_RH, qkv_XH.T)
+        qk_RhD, v_RgD = qkv_RX.unflatten(-1, (-1, self.head_dim)).split([self.heads + self.groups, self.groups], 1)
+        q_RhD, k_RgD = rotate(qk_RhD, angle_R1C).split([self.heads, self.groups], 1)
+        return q_RhD, torch.stack([k_RgD, v_RgD], 1)
 
     def mix(self, hidden_RH: torch.Tensor, q_RhD: torch.Tensor, state: LayerState, rows: StepRows) -> torch.Tensor:
         """Attention and feed-forward, each added to what went in."""
@@ -198,12 +199,11 @@ class Eagle3Draft(nn.Module):
 
         Layers below the last one run `everywhere` (all T tokens), since the next layer's keys come from them.
         """
-        cos_T, sin_T = self.rotary(fused_TH, everywhere.position_R)
         hidden, states = fused_TH, list[LayerState]()
         for depth, layer in enumerate(self.stack):
             qkv_XH, *embedding_XH = layer.qkv_weights()
             embedded_TX = F.linear(normalise(embedded_TH, layer.eps), embedding_XH[0]) if embedding_XH else None
-            q_RhD, prefix_T2gD = layer.queries_keys_values(hidden, qkv_XH, embedded_TX, cos_T, sin_T)
+            q_RhD, prefix_T2gD = layer.queries_keys_values(hidden, qkv_XH, embedded_TX, everywhere.angle_R1C)
             states.append(LayerState(qkv_XH, layer.gate_up_weight(), embedded_TX, prefix_T2gD))
             if depth == len(self.layers) - 1:
                 q_RhD, hidden = take_rows(q_RhD, rows.token_R), take_rows(hidden, rows.token_R)
@@ -217,11 +217,10 @@ class Eagle3Draft(nn.Module):
 
         `fed_R` says which of the first step's embeddings each row is fed.
         """
-        cos_R, sin_R = self.rotary(hidden_RH, rows.position_R)
         hidden = self.final_norm(hidden_RH) if self.config.norm_output else hidden_RH
         for layer, state in zip(self.stack, states, strict=True):
             embedded_RX = None if state.embedded_TX is None else take_rows(state.embedded_TX, fed_R)
-            q_RhD, kv_R2gD = layer.queries_keys_values(hidden, state.qkv_XH, embedded_RX, cos_R, sin_R)
+            q_RhD, kv_R2gD = layer.queries_keys_values(hidden, state.qkv_XH, embedded_RX, rows.angle_R1C)
             state.add(kv_R2gD, layer.heads)
             hidden = layer.mix(hidden, q_RhD, state, rows)
         return hidden

@@ -24,7 +24,7 @@ def dense(
     scores_hRT = torch.einsum("rhd,thd->hrt", q_RhD, k_ThD)
     own_hRJ = torch.stack([(q_RhD * k).sum(-1).T for k in own_k], -1) if own_k else scores_hRT[..., :0]
     hidden_RT = (torch.arange(len(k_ThD)) > token_R[:, None]) | (document_T != document_T[token_R][:, None])
-    weights = (torch.cat([scores_hRT.masked_fill(hidden_RT, float("-inf")), own_hRJ], -1) * WIDTH**-0.5).softmax(-1)
+    weights = torch.cat([scores_hRT.masked_fill(hidden_RT, float("-inf")), own_hRJ], -1).softmax(-1)
     mixed = torch.einsum("hrt,thd->rhd", weights[..., : len(k_ThD)], v_ThD)
     return mixed + sum(weights[..., len(k_ThD) + j].T[..., None] * v for j, v in enumerate(own_v))
 

@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from specforge.layers.norm import normalise
-from specforge.layers.rotary import Rotary, rotate
+from specforge.layers.rotary import Rotary, pair_rows, rotate
 from specforge.layers.rows import take_rows
 from specforge.layers.swiglu import swiglu
 
@@ -51,18 +51,19 @@ def plainly_rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> to
 
 
 @pytest.mark.parametrize("rope", ["default", "yarn"])
-def test_rotate_leaves_the_other_heads_alone(rope: str) -> None:
+def test_rotating_pairs_is_rotating_halves_in_another_order(rope: str) -> None:
     """YaRN scales the angles' cosines and sines, so the transpose is no inverse there."""
     parameters = {
         "rope_type": rope,
         "rope_theta": 100.0,
         **({"factor": 4.0, "original_max_position_embeddings": 16} if rope == "yarn" else {}),
     }
-    rotary = Rotary(8, 64, parameters)
-    cos, sin = rotary(torch.zeros((), dtype=torch.float64), torch.tensor([0, 3, 17, 40, 41]))
-
-    def slow(x: torch.Tensor) -> torch.Tensor:
-        c, s = cos.to(x.dtype), sin.to(x.dtype)
-        return torch.cat([plainly_rotated(x[:, :3], c, s), x[:, 3:]], 1)
-
-    assert_same(lambda x: rotate(x, cos.to(x.dtype), sin.to(x.dtype), 3), slow, 5, 4, 8)
+    rotary, position_T, head_dim = Rotary(8, 64, parameters), torch.tensor([0, 3, 17, 40, 41]), 8
+    cos_T1D, sin_T1D = (x[0, :, None] for x in rotary.tables(torch.zeros(()), position_T[None]))
+    order_D = pair_rows(torch.arange(head_dim)[:, None], head_dim)[:, 0]
+    assert order_D.tolist() == [0, 4, 1, 5, 2, 6, 3, 7]
+    assert_same(
+        lambda x: rotate(x[..., order_D], rotary(42)[position_T]),
+        lambda x: plainly_rotated(x, cos_T1D.to(x.dtype), sin_T1D.to(x.dtype))[..., order_D],
+        5, 4, head_dim,
+    )  # fmt: skip

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from specforge.methods.distillation import chunk_borders, soft_cross_entropy
+from specforge.methods.distillation import chunk_borders, row_maxima, soft_cross_entropy
 from specforge.methods.teacher import ExactTeacher
 
 
@@ -35,3 +35,11 @@ def test_chunks_equal_whole_logits(chunk_rows: int, dtype: torch.dtype, toleranc
 
 def test_a_chunk_holds_all_rows_of_a_position() -> None:
     assert chunk_borders(np.array([0, 0, 1, 1, 1, 1, 2]), 3) == [(0, 2), (2, 6), (6, 7)]
+
+
+@pytest.mark.parametrize("size", [1, 7, 64, 96, 320])
+def test_row_maxima_are_the_first_of_equals(size: int) -> None:
+    logits = torch.randint(5, (50, size), generator=torch.Generator().manual_seed(0)).float()
+    best, place = row_maxima(logits)
+    torch.testing.assert_close((best, place), tuple(logits.max(-1)), rtol=0, atol=0)
+    assert all((row[:first] < row[first]).all() for row, first in zip(logits, place.tolist(), strict=True))

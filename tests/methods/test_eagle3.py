@@ -37,7 +37,7 @@ def slow_document(method: Eagle3, sample: SampleFeatures) -> tuple[torch.Tensor,
         hidden = draft.norm(fed) if j and draft.config.norm_output else fed
         position = torch.arange(tokens) + j
         embedded = F.embedding(ids.roll(-1 - j), method.embedding_VH)
-        cos, sin = draft.rotary(hidden, position)
+        cos, sin = (x[0, :, None] for x in draft.rotary.tables(hidden, position[None]))
         for depth, layer in enumerate(draft.layers):
             x = layer.hidden_norm(hidden) if depth else torch.cat([layer.input_layernorm(embedded), layer.hidden_norm(hidden)], -1)
             q, k, v = (proj(x).unflatten(-1, (-1, layer.head_dim)) for proj in (layer.q_proj, layer.k_proj, layer.v_proj))
