@@ -35,15 +35,15 @@ class Eagle3Options:
     """Hand the normed instead of the plain hidden state to the next step."""
     attention: Literal["blocks", "flex"] = "blocks"
     """blocks: plain products, on any device; flex: one compiled block-sparse kernel, trains on CUDA only."""
-    loss_chunk_rows: int = 256
-    """Rows whose vocabulary-wide numbers exist at one time; one row for each step and supervised target."""
+    loss_chunk_rows: int = 0
+    """Rows whose vocabulary-wide numbers exist at one time, one for each step and supervised target; 0: 256 to 1,024."""
     activation_checkpointing: bool = False
     """Compute attention and feed-forward of each step again in the backward: the same bits, less memory, more time."""
 
     def __post_init__(self) -> None:
-        for key in ("draft_tokens", "layers", "loss_chunk_rows"):
-            if getattr(self, key) < 1:
-                raise ConfigError(f"method.options.{key}={getattr(self, key)}: must be at least 1; give a larger number.")
+        for key, least in (("draft_tokens", 1), ("layers", 1), ("loss_chunk_rows", 0)):
+            if getattr(self, key) < least:
+                raise ConfigError(f"method.options.{key}={getattr(self, key)}: must be at least {least}; give a larger number.")
         if not 0 < self.step_decay <= 1:
             raise ConfigError(f"method.options.step_decay={self.step_decay}: must lie in (0, 1]; the paper uses 0.8.")
         if self.fc_norm and self.norm_before_fc:

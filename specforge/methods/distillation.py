@@ -3,7 +3,7 @@
 The gradient is formed together with the loss, so no logits outlive their chunk: neither the draft's nor the
 target's. A target position taught to several steps has its product with the target's head computed once.
 
-Shapes: N rows (one per step and token), U target positions, H hidden, D draft vocabulary.
+Shapes: M draft states, N of them taught (one per step and token), U target positions, H hidden, D draft vocabulary.
 """
 
 import math
@@ -14,6 +14,11 @@ import torch
 from torch.autograd.function import FunctionCtx
 
 from specforge.methods.teacher import Teacher
+
+
+def default_chunk_rows(draft_vocab: int) -> int:
+    """About 8 million logits, 32 MiB in float32; fewer than 256 rows make slow products, more than 1,024 leave the caches of a CPU."""
+    return min(max(2**23 // draft_vocab, 256), 1024)
 
 
 def chunk_borders(teacher_N: np.ndarray, chunk_rows: int) -> list[tuple[int, int]]:
@@ -30,7 +35,8 @@ def chunk_borders(teacher_N: np.ndarray, chunk_rows: int) -> list[tuple[int, int
 
 
 def soft_cross_entropy(
-    hidden_NH: torch.Tensor,
+    hidden_MH: torch.Tensor,
+    row_N: torch.Tensor,
     head_DH: torch.Tensor,
     teacher: Teacher,
     teacher_N: torch.Tensor,
@@ -40,7 +46,8 @@ def soft_cross_entropy(
     """Sum over rows of weight * CE(teacher || softmax(draft logits)), both on the draft vocabulary.
 
     Args:
-        hidden_NH: draft states after the final norm, sorted by target position.
+        hidden_MH: draft states after the final norm.
+        row_N: which of them are taught, each once, int64; sorted by target position.
         teacher: the target's distribution at the U positions that teach.
         teacher_N: index into U of each row, ascending, int64.
         weight_N: float32.
@@ -49,7 +56,7 @@ def soft_cross_entropy(
     Returns:
         the loss in nats (float32 scalar) and the draft-vocabulary id each row proposes (int64 [N]).
     """
-    return _SoftCrossEntropy.apply(hidden_NH, head_DH, teacher, teacher_N, weight_N, chunks)
+    return _SoftCrossEntropy.apply(hidden_MH, row_N, head_DH, teacher, teacher_N, weight_N, chunks)
 
 
 def row_maxima(logits_ND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -70,24 +77,26 @@ class _SoftCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        hidden_NH: torch.Tensor,
+        hidden_MH: torch.Tensor,
+        row_N: torch.Tensor,
         head_DH: torch.Tensor,
         teacher: Teacher,
         teacher_N: torch.Tensor,
         weight_N: torch.Tensor,
         chunks: list[tuple[int, int, int, int]],
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        wide = torch.promote_types(hidden_NH.dtype, torch.float32)
-        loss = torch.zeros((), dtype=wide, device=hidden_NH.device)
-        proposals_N = torch.empty(len(hidden_NH), dtype=torch.int64, device=hidden_NH.device)
-        grad_hidden = torch.empty_like(hidden_NH) if ctx.needs_input_grad[0] else None
-        grad_head = torch.zeros_like(head_DH, dtype=wide) if ctx.needs_input_grad[1] else None
+        wide = torch.promote_types(hidden_MH.dtype, torch.float32)
+        loss = torch.zeros((), dtype=wide, device=hidden_MH.device)
+        proposals_N = torch.empty(len(row_N), dtype=torch.int64, device=hidden_MH.device)
+        grad_hidden = torch.zeros_like(hidden_MH) if ctx.needs_input_grad[0] else None
+        grad_head = torch.zeros_like(head_DH, dtype=wide) if ctx.needs_input_grad[2] else None
         for row_start, row_end, teacher_start, teacher_end in chunks:
             rows = slice(row_start, row_end)
             target_UD = teacher.distribution(teacher_start, teacher_end, wide)
             target_ND = target_UD.index_select(0, teacher_N[rows] - teacher_start)
             del target_UD
-            logits_ND = hidden_NH[rows] @ head_DH.T
+            hidden_NH = hidden_MH.index_select(0, row_N[rows])
+            logits_ND = hidden_NH @ head_DH.T
             best_N, proposals_N[rows] = row_maxima(logits_ND)
             draft_ND = logits_ND.softmax(-1, dtype=wide)
             # The largest probability is at least 1/D, so its logarithm is exact enough to give the normaliser.
@@ -97,11 +106,11 @@ class _SoftCrossEntropy(torch.autograd.Function):
             grad_ND = draft_ND.sub_(target_ND).mul_(weight_N[rows, None]).to(head_DH.dtype)
             del draft_ND, target_ND
             if grad_hidden is not None:
-                torch.mm(grad_ND, head_DH, out=grad_hidden[rows])
+                grad_hidden.index_copy_(0, row_N[rows], grad_ND @ head_DH)
             if grad_head is not None and grad_ND.dtype == wide:
-                grad_head.addmm_(grad_ND.T, hidden_NH[rows])
+                grad_head.addmm_(grad_ND.T, hidden_NH)
             elif grad_head is not None:
-                grad_head += grad_ND.T @ hidden_NH[rows]
+                grad_head += grad_ND.T @ hidden_NH
             del grad_ND
         ctx.save_for_backward(grad_hidden, None if grad_head is None else grad_head.to(head_DH.dtype))
         ctx.mark_non_differentiable(proposals_N)
@@ -113,6 +122,7 @@ class _SoftCrossEntropy(torch.autograd.Function):
         scale = grads[0]
         return (
             None if grad_hidden is None else grad_hidden * scale.to(grad_hidden.dtype),
+            None,
             None if grad_head is None else grad_head * scale.to(grad_head.dtype),
             None, None, None, None,
         )  # fmt: skip

@@ -31,7 +31,7 @@ from specforge.features.source import FeatureStore
 from specforge.features.tables import TargetTables
 from specforge.layers.rows import take_rows, to_device
 from specforge.methods.base import Plan, StepOutput
-from specforge.methods.distillation import chunk_borders, soft_cross_entropy
+from specforge.methods.distillation import chunk_borders, default_chunk_rows, soft_cross_entropy
 from specforge.methods.teacher import CompressedTeacher, ExactTeacher, Teacher
 from specforge.models.draft_folder import read_draft_config, read_draft_tensors
 from specforge.models.eagle3 import Eagle3Config, Eagle3Draft, LayerState, StepRows
@@ -234,13 +234,13 @@ class Eagle3(nn.Module):
         first_row = np.cumsum([0, *(len(out) for out in outputs[:-1])])
         row_N = np.concatenate([first + step.supervised_S for first, step in zip(first_row, steps, strict=True)])[by_teacher]
         # Step by step the norm stays in the cache of a CPU.
-        normed = torch.cat([self.draft.final_norm(output) for output in outputs])
-        hidden_NH = take_rows(normed, to_device(row_N, device))
+        hidden_MH = torch.cat([self.draft.final_norm(output) for output in outputs])
         teacher = self._teacher(batch, to_device(teacher_U, device))
         head_DH = self.teacher_head_DH if self.draft.lm_head is None else self.draft.lm_head.weight
-        chunks = [(a, b, int(teacher_N[a]), int(teacher_N[b - 1]) + 1) for a, b in chunk_borders(teacher_N, self.options.loss_chunk_rows)]
+        chunk_rows = self.options.loss_chunk_rows or default_chunk_rows(len(head_DH))
+        chunks = [(a, b, int(teacher_N[a]), int(teacher_N[b - 1]) + 1) for a, b in chunk_borders(teacher_N, chunk_rows)]
         loss_sum, proposals_N = soft_cross_entropy(
-            hidden_NH, head_DH.to(hidden_NH.dtype), teacher,
+            hidden_MH, to_device(row_N, device), head_DH.to(hidden_MH.dtype), teacher,
             to_device(teacher_N, device), to_device(weight_N.astype(np.float32), device), chunks,
         )  # fmt: skip
 
