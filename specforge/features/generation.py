@@ -46,9 +46,17 @@ class Sampling:
         """The next ids [B]."""
         if self.temperature == 0:
             return logits_BV.argmax(dim=-1)
-        cumulated_BV = (logits_BV / self.temperature).softmax(dim=-1).double().cumsum(dim=-1)
-        threshold_B1 = uniform_B.unsqueeze(1) * cumulated_BV[:, -1:]
-        return torch.searchsorted(cumulated_BV, threshold_B1, right=True).squeeze(1).clamp_max(logits_BV.shape[1] - 1)
+        return draw((logits_BV / self.temperature).softmax(dim=-1), uniform_B)
+
+
+def draw(weights_XV: torch.Tensor, uniform_X: torch.Tensor) -> torch.Tensor:
+    """Ids [X] from weights that need not sum to 1, by uniforms in [0, 1): the inverse of the sums' float64 cumulation.
+
+    A weight of 0 is never drawn, also where a parallel scan does not cumulate monotonically.
+    """
+    cumulated_XV = weights_XV.cumsum(dim=-1, dtype=torch.float64).masked_fill(weights_XV == 0, 0)
+    threshold_X1 = uniform_X.unsqueeze(-1) * cumulated_XV.amax(dim=-1, keepdim=True)
+    return (cumulated_XV > threshold_X1).byte().argmax(dim=-1)
 
 
 @torch.no_grad()
