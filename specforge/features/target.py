@@ -131,7 +131,7 @@ class Target:
             real_BS[row, : len(sequence)] = True
         ids_BS, real_BS = ids_BS.to(self.device), real_BS.to(self.device)
         self.require_plain_head(sequences[0])
-        with self._residual_stream(aux_ids) as stream:
+        with self.residual_stream(aux_ids) as stream:
             last_BSH = self.decoder(input_ids=ids_BS, attention_mask=real_BS.long(), use_cache=False).last_hidden_state
         Target.forwards += 1
         last_NH = last_BSH.to(self.device)[real_BS]
@@ -167,7 +167,7 @@ class Target:
             return self.head.weight.to(self.device), None if bias is None else bias.to(self.device)
 
     @contextmanager
-    def _residual_stream(self, layer_ids: Sequence[int]) -> Iterator[dict[int, torch.Tensor]]:
+    def residual_stream(self, layer_ids: Sequence[int]) -> Iterator[dict[int, torch.Tensor]]:
         """Collects, while the decoder runs, hidden states [B, S, H] by index; hooks see them before any norm."""
         stream: dict[int, torch.Tensor] = {}
 

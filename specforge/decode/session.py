@@ -1,0 +1,153 @@
+"""A target at work on several sequences: blocks of proposed tokens behind what is committed, of which a part is kept.
+
+Shapes: B sequences (rows), N nodes of a block (or tokens of the longest prompt), U slots in use, A layers asked for, H hidden size,
+F = A*H, V vocabulary.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch.nn import functional
+
+from specforge.decode.cache import SlotCache
+from specforge.decode.tree import Tree
+from specforge.errors import ConfigError
+from specforge.features.target import Target
+
+_FULL, _SLIDING = "full_attention", "sliding_attention"
+
+
+class Block(NamedTuple):
+    """What one forward computed of every token it was given."""
+
+    last_BNH: torch.Tensor
+    """Hidden state after the final norm."""
+    aux_BNF: torch.Tensor
+    """Residual stream after the layers asked for, low to high."""
+
+
+class TargetSession:
+    """A target's cache over B sequences, whose rows grow by different numbers of tokens.
+
+    `forward` leaves `lengths` as they are: what it wrote is committed by `keep` or overwritten by the next `forward`. A node sees the
+    committed tokens of its row and the nodes above it; it stands at position `lengths[row]` + its depth, and a sliding window is
+    measured between positions.
+
+    Raises:
+        ConfigError: the target has layers whose state cannot be rolled back, or an attention that takes no mask; from `prefill` and
+            `forward`: a row outgrows `capacity`.
+    """
+
+    def __init__(self, target: Target, rows: int, capacity: int, layer_ids: Sequence[int] = ()) -> None:
+        self.target = target
+        self.layer_ids = tuple(sorted(layer_ids))
+        self.lengths = [0] * rows
+        """Committed tokens in the cache, a row."""
+        self._layer_types = _layer_types(target)
+        self._cache = SlotCache(target.num_layers, capacity)
+        self._slot_C = torch.arange(capacity, device=target.device)
+        head_VH, bias_V = target.head_tensors()
+        self._head_VH, self._bias_V = _wide(head_VH), None if bias_V is None else _wide(bias_V)
+
+    def prefill(self, prompts: Sequence[np.ndarray]) -> Block:
+        """Start anew with these prompts ([S] integers each), right-padded to one forward; a row's block ends in padding."""
+        lengths = [len(prompt) for prompt in prompts]
+        ids_BN = torch.zeros(len(prompts), max(lengths), dtype=torch.long)
+        for row, prompt in enumerate(prompts):
+            ids_BN[row, : lengths[row]] = torch.from_numpy(np.asarray(prompt, dtype=np.int64))
+        self.target.require_plain_head(prompts[0])
+        self._cache.aim([0] * len(prompts), ids_BN.shape[1], self._slot_C)
+        # The decoder's own causal mask will do: padding comes after all that is real.
+        block = self._run(ids_BN.to(self.target.device), self._slot_C[None, : ids_BN.shape[1]], None)
+        self.lengths = lengths
+        return block
+
+    def forward(self, ids_BN: torch.Tensor, tree: Tree) -> Block:
+        """The nodes of `tree` behind the committed tokens; an id of -1 (no proposal) is read as 0."""
+        nodes = ids_BN.shape[1]
+        length_B1 = self._on_device(self.lengths)[:, None]
+        slot_BN = length_B1 + self._slot_C[:nodes]
+        position_BN = length_B1 + tree.depth_BN
+        self._cache.aim(self.lengths, nodes, slot_BN)
+        mask = self._mask(length_B1, slot_BN, position_BN, tree)
+        return self._run(ids_BN.clamp_min(0), position_BN, mask)
+
+    def keep(self, paths: Sequence[Sequence[int]]) -> None:
+        """Commit nodes of the last block, a row: ascending depth, node 0 first; an empty path commits nothing."""
+        moves = [
+            (row, length + node, length + depth)
+            for row, (length, path) in enumerate(zip(self.lengths, paths, strict=True))
+            for depth, node in enumerate(path)
+            if node != depth
+        ]
+        if moves:
+            self._cache.move(*self._on_device(list(zip(*moves, strict=True))))
+        self.lengths = [length + len(path) for length, path in zip(self.lengths, paths, strict=True)]
+
+    def logits(self, last_BNH: torch.Tensor) -> torch.Tensor:
+        """Logits [B, N, V] in float32; of a float64 target in float64."""
+        return functional.linear(_wide(last_BNH), self._head_VH, self._bias_V)
+
+    @torch.no_grad()
+    def _run(self, ids_BN: torch.Tensor, position_BN: torch.Tensor, mask: torch.Tensor | dict[str, torch.Tensor] | None) -> Block:
+        device = self.target.device
+        with self.target.residual_stream(self.layer_ids) as stream:
+            output = self.target.decoder(
+                input_ids=ids_BN, attention_mask=mask, position_ids=position_BN, past_key_values=self._cache, use_cache=True
+            )
+        last_BNH = output.last_hidden_state.to(device)
+        aux = [stream[layer].to(device) for layer in self.layer_ids]
+        return Block(last_BNH, torch.cat(aux, dim=-1) if aux else last_BNH[..., :0])
+
+    def _mask(
+        self, length_B1: torch.Tensor, slot_BN: torch.Tensor, position_BN: torch.Tensor, tree: Tree
+    ) -> torch.Tensor | dict[str, torch.Tensor]:
+        """What is added to the attention scores [B, 1, N, U]: one for all layers, or one for each type of layer."""
+        slot_U = self._slot_C[: self._cache.slots.stop]
+        visible_BNU = (slot_U < length_B1)[:, None].repeat(1, slot_BN.shape[1], 1)
+        visible_BNU.scatter_(2, slot_BN[:, None].expand_as(tree.visible_BNN), tree.visible_BNN)
+        if self._layer_types == {_FULL}:
+            return self._additive(visible_BNU)
+        position_BU = slot_U.repeat(len(slot_BN), 1).scatter_(1, slot_BN, position_BN)
+        near_BNU = position_BU[:, None] > position_BN[..., None] - self.target.config.sliding_window
+        sliding = self._additive(visible_BNU & near_BNU)
+        return sliding if self._layer_types == {_SLIDING} else {_FULL: self._additive(visible_BNU), _SLIDING: sliding}
+
+    def _additive(self, visible_BNU: torch.Tensor) -> torch.Tensor:
+        hidden = torch.finfo(self.target.dtype).min
+        mask_BNU = torch.full(visible_BNU.shape, hidden, dtype=self.target.dtype, device=visible_BNU.device)
+        return mask_BNU.masked_fill_(visible_BNU, 0)[:, None]
+
+    def _on_device(self, values: Sequence[int] | Sequence[Sequence[int]]) -> torch.Tensor:
+        return torch.tensor(values).to(self.target.device, non_blocking=True)
+
+
+def _wide(x: torch.Tensor) -> torch.Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _layer_types(target: Target) -> set[str]:
+    """The kinds of attention among the target's layers.
+
+    Raises:
+        ConfigError: one of them cannot be rolled back by overwriting slots, or takes no mask.
+    """
+    config = target.config
+    types = set(getattr(config, "layer_types", None) or ())
+    if not types:
+        sliding, chunked = (getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size"))
+        types = {_SLIDING if sliding else "chunked_attention" if chunked else _FULL}
+    other = sorted(types - {_FULL, _SLIDING}) or (["recurrent state"] if target.model._is_stateful else [])
+    if other:
+        raise ConfigError(
+            f"model.target_path={target.path!r}: {type(target.decoder).__name__} has layers with {', '.join(other)}, which cannot take "
+            f"back rejected tokens; decode with a target of {_FULL} and {_SLIDING} layers."
+        )
+    implementation = config._attn_implementation
+    if implementation not in ("sdpa", "eager"):
+        raise ConfigError(
+            f"model.target_path={target.path!r}: attention {implementation!r} takes no mask of a tree; load it with 'sdpa' or 'eager'."
+        )
+    return types
