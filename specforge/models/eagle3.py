@@ -139,8 +139,13 @@ class Eagle3Layer(nn.Module):
         q_RhD, k_RgD = rotate(qk_RhD, angle_R1C).split([self.heads, self.groups], 1)
         return q_RhD, torch.stack([k_RgD, v_RgD], 1)
 
+    def after_attention(self, hidden_RH: torch.Tensor, mixed_RhD: torch.Tensor, gate_up_YH: torch.Tensor) -> torch.Tensor:
+        """Output projection and feed-forward, each added to what went in."""
+        hidden_RH = hidden_RH + self.o_proj(mixed_RhD.flatten(1))
+        return hidden_RH + self.down_proj(swiglu(F.linear(normalise(hidden_RH, self.eps), gate_up_YH)))
+
     def mix(self, hidden_RH: torch.Tensor, q_RhD: torch.Tensor, state: LayerState, rows: StepRows) -> torch.Tensor:
-        """Attention and feed-forward, each added to what went in."""
+        """The layer from its queries on."""
         own_k, own_v = tuple(state.own_k_RhD), tuple(state.own_v_RhD)  # as they are now: a second pass must not see later steps
 
         def run(hidden_RH: torch.Tensor, q_RhD: torch.Tensor) -> torch.Tensor:
@@ -148,8 +153,7 @@ class Eagle3Layer(nn.Module):
                 mixed_RhD = prefix_and_own_attention(q_RhD, state.prefix_T2gD, own_k, own_v, rows.blocks, rows.biases)
             else:
                 mixed_RhD = flex_prefix_and_own_attention(q_RhD, state.prefix_T2gD, own_k, own_v, rows.mask)
-            hidden_RH = hidden_RH + self.o_proj(mixed_RhD.flatten(1))
-            return hidden_RH + self.down_proj(swiglu(F.linear(normalise(hidden_RH, self.eps), state.gate_up_YH)))
+            return self.after_attention(hidden_RH, mixed_RhD, state.gate_up_YH)
 
         if self.checkpointing and torch.is_grad_enabled():
             return checkpoint(run, hidden_RH, q_RhD, use_reentrant=False, preserve_rng_state=False)

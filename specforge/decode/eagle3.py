@@ -1,0 +1,112 @@
+"""Drafting with EAGLE-3: its layers on cached keys, a chain or a tree of drafts from the last committed row.
+
+The key of a draft lies behind the committed rows' and is overwritten by the next committed one, so nothing is rolled back.
+
+Shapes: B sequences, M rows of a call, S slots of the cache, H hidden, F features, X = (h + 2g) * D, K drafts, D draft vocabulary.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from specforge.decode.drafter import Proposal
+from specforge.decode.sampling import Sampling
+from specforge.decode.tree import Tree
+from specforge.layers.norm import normalise
+from specforge.methods.eagle3 import Eagle3
+
+
+class Eagle3Drafter:
+    """A trained (or new) draft at work.
+
+    Args:
+        draft_tokens: K, at most what it was trained for to be sensible.
+        sampling: draw the drafts of a chain from the draft's own distribution; None: its arg-max.
+        generator: for the draws.
+    """
+
+    def __init__(
+        self, method: Eagle3, draft_tokens: int, sampling: Sampling | None = None, generator: torch.Generator | None = None
+    ) -> None:
+        self.draft_nodes, self._sampling, self._generator = draft_tokens, sampling, generator
+        self._draft = method.draft
+        self.layer_ids = method.draft.config.aux_layer_ids
+        head_DH = method.teacher_head_DH if method.draft.lm_head is None else method.draft.lm_head.weight
+        with torch.no_grad():
+            self._head_DH = head_DH.to(method.draft.fc.weight.dtype)
+            self._target_id_D = torch.arange(len(method.draft.d2t), device=head_DH.device) + method.draft.d2t
+            self._embedding_VH = method.embedding_VH
+            self._weights = [(layer.qkv_weights(), layer.gate_up_weight()) for layer in method.draft.stack]
+
+    def begin(self, prompts: Sequence[np.ndarray], capacity_tokens: int) -> None:
+        config, weight, rows = self._draft.config, self._draft.fc.weight, len(prompts)
+        slots = capacity_tokens + self.draft_nodes
+        shape = (len(self._weights), 2, rows, slots, config.num_key_value_heads, config.head_dim)
+        self._cache_L2BSgD = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
+        self._angles_S1C = self._draft.rotary(slots)
+        self._slot_S = torch.arange(slots, device=weight.device)
+        self._row_B1 = torch.arange(rows, device=weight.device)[:, None]
+        self._last_BH = torch.zeros(rows, config.hidden_size, dtype=weight.dtype, device=weight.device)
+        self._lengths = [0] * rows
+
+    @torch.no_grad()
+    def extend(self, next_ids_BM: torch.Tensor, aux_BMF: torch.Tensor, counts: Sequence[int]) -> None:
+        begin_B = torch.tensor(self._lengths, device=self._slot_S.device)
+        slot_BM = begin_B[:, None] + self._slot_S[: next_ids_BM.shape[1]]
+        self._lengths = [length + count for length, count in zip(self._lengths, counts, strict=True)]
+        used_slots = max(self._lengths)
+        slot_BM = slot_BM.clamp_max(len(self._slot_S) - 1)
+        hidden_BMH = self._rows(self._draft.fuse(aux_BMF), next_ids_BM, slot_BM, self._slot_S[:used_slots] <= slot_BM[..., None])
+        count_B1 = torch.tensor(counts, device=self._slot_S.device)[:, None]
+        last_BH = hidden_BMH[self._row_B1, (count_B1 - 1).clamp_min(0)][:, 0]
+        self._last_BH = torch.where(count_B1 > 0, last_BH, self._last_BH)
+
+    @torch.no_grad()
+    def propose(self) -> Proposal:
+        slot_B1 = torch.tensor(self._lengths, device=self._slot_S.device)[:, None]
+        hidden_BH, ids, probabilities = self._last_BH, list[torch.Tensor](), list[torch.Tensor]()
+        for step in range(self.draft_nodes):
+            logits_BD = self._logits(hidden_BH)
+            if self._sampling is None:
+                drawn_B = logits_BD.argmax(-1)
+            else:
+                drawn_B, probabilities_BV = self._drawn(logits_BD, self._sampling)
+                probabilities.append(probabilities_BV)
+            ids.append(self._target_id_D[drawn_B])
+            if step + 1 < self.draft_nodes:
+                fed_BH = self._draft.final_norm(hidden_BH) if self._draft.config.norm_output else hidden_BH
+                visible_B1S = self._slot_S[: max(self._lengths) + step + 1] <= slot_B1[..., None]
+                hidden_BH = self._rows(fed_BH[:, None], ids[-1][:, None], slot_B1, visible_B1S)[:, 0]
+                slot_B1 = slot_B1 + 1
+        tree = Tree.chain(len(hidden_BH), self.draft_nodes, hidden_BH.device)
+        return Proposal(torch.stack(ids, 1), tree, torch.stack(probabilities, 1) if probabilities else None)
+
+    def _rows(self, hidden_BMH: torch.Tensor, ids_BM: torch.Tensor, slot_BM: torch.Tensor, visible_BMS: torch.Tensor) -> torch.Tensor:
+        """Outputs [B, M, H] before the final norm, of rows whose RoPE position is their slot; their keys are kept there."""
+        rows, slots, shape = self._row_B1, visible_BMS.shape[2], hidden_BMH.shape
+        hidden, angle_R1C = hidden_BMH.flatten(0, 1), self._angles_S1C[slot_BM.flatten()]
+        for layer, (qkv, gate_up_YH), cache_2BSgD in zip(self._draft.stack, self._weights, self._cache_L2BSgD, strict=True):
+            embedded_RX = None
+            if len(qkv) == 2:
+                embedded_RH = F.embedding(ids_BM.flatten(), self._embedding_VH).to(hidden.dtype)
+                embedded_RX = F.linear(normalise(embedded_RH, layer.eps), qkv[1])
+            q_RhD, kv_R2gD = layer.queries_keys_values(hidden, qkv[0], embedded_RX, angle_R1C)
+            cache_2BSgD[:, rows, slot_BM] = kv_R2gD.unflatten(0, shape[:2]).permute(2, 0, 1, 3, 4)
+            k_BgSD, v_BgSD = cache_2BSgD[:, :, :slots].transpose(2, 3)
+            mixed_BhMD = F.scaled_dot_product_attention(
+                q_RhD.unflatten(0, shape[:2]).transpose(1, 2), k_BgSD, v_BgSD, visible_BMS[:, None], scale=1.0, enable_gqa=True
+            )
+            hidden = layer.after_attention(hidden, mixed_BhMD.transpose(1, 2).flatten(0, 1), gate_up_YH)
+        return hidden.unflatten(0, shape[:2])
+
+    def _logits(self, hidden_BH: torch.Tensor) -> torch.Tensor:
+        return F.linear(self._draft.final_norm(hidden_BH), self._head_DH)
+
+    def _drawn(self, logits_BD: torch.Tensor, sampling: Sampling) -> tuple[torch.Tensor, torch.Tensor]:
+        """Draft ids [B] and the distribution they were drawn from, over the target's vocabulary [B, V]."""
+        probabilities_BD = sampling.probabilities(logits_BD)
+        drawn_B = torch.multinomial(probabilities_BD, 1, generator=self._generator)[:, 0]
+        nowhere_BV = probabilities_BD.new_zeros(len(logits_BD), len(self._draft.t2d))
+        return drawn_B, nowhere_BV.index_copy_(1, self._target_id_D, probabilities_BD)

@@ -1,0 +1,59 @@
+"""Drafting on cached keys against the training forward on the text that the drafts make."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tests.tiny import AUX, make_method, make_samples, make_store, make_target
+
+from specforge.decode.eagle3 import Eagle3Drafter
+from specforge.decode.sampling import Sampling
+from specforge.features.batch import DraftBatch
+from specforge.features.store import SampleFeatures
+from specforge.features.target import Target
+
+OPTIONS = [
+    {},
+    {"layers": 2, "draft_tokens": 4},
+    {"fc_norm": True, "norm_output": True, "draft_vocab_size": 0},
+    {"norm_before_fc": True, "head": "frozen", "layers": 2},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_drafts_come_from_the_logits_of_training(options: dict[str, object], tmp_path: Path) -> None:
+    """Three sequences of different lengths, extended in two calls; sampled drafts are appended, and training sees that text."""
+    target_path = make_target(tmp_path / "target")
+    store = make_store(tmp_path / "store", target_path, make_samples([20, 9, 14]))
+    method, target = make_method(target_path, store, **options), Target.load(target_path, "float32")
+    drafts, texts = method.draft_tokens, [store.read(number).input_ids.numpy() for number in range(3)]
+    aux = [target.capture([text], AUX)[0]["aux"] for text in texts]
+
+    drafter = Eagle3Drafter(method, drafts, Sampling(temperature=1.0), torch.Generator().manual_seed(0))
+    drafter.begin(texts, 32)
+    rows = [len(text) - 1 for text in texts]
+    for begin, end in (([0, 0, 0], [13, 4, 7]), ([13, 4, 7], rows)):
+        counts = [e - b for b, e in zip(begin, end, strict=True)]
+        ids_BM, aux_BMF = torch.zeros(3, max(counts), dtype=torch.long), torch.full((3, max(counts), aux[0].shape[1]), 7.0)
+        for row, (b, e) in enumerate(zip(begin, end, strict=True)):
+            ids_BM[row, : e - b] = torch.from_numpy(texts[row][b + 1 : e + 1])
+            aux_BMF[row, : e - b] = aux[row][b:e]
+        drafter.extend(ids_BM, aux_BMF, counts)
+    proposal = drafter.propose()
+    assert proposal.probabilities_BKV is not None
+
+    for row, text in enumerate(texts):
+        whole = np.concatenate([text, proposal.ids_BK[row].numpy(), [5]]).astype(np.int32)
+        features = target.capture([whole], AUX)[0]
+        sample = SampleFeatures(torch.from_numpy(whole), torch.arange(len(whole)) >= len(text), **features)
+        batch = DraftBatch.pack([0], [sample])
+        plan = method.plan(batch)
+        for step, (output, rows_R) in enumerate(zip(method._hidden_states(batch, plan), [s.rows_R for s in plan.steps], strict=True)):
+            place = rows_R.tolist().index(len(text) - 2)
+            head = method.teacher_head_DH if method.draft.lm_head is None else method.draft.lm_head.weight
+            expected = (method.draft.final_norm(output)[place] @ head.T).softmax(-1)
+            kept = torch.arange(len(method.draft.d2t)) + method.draft.d2t
+            got = proposal.probabilities_BKV[row, step]
+            torch.testing.assert_close(got[kept], expected.detach(), rtol=1e-5, atol=1e-6)
+            assert got.sum() == pytest.approx(1)
