@@ -56,12 +56,10 @@ class Sampling:
         return self.top_k > 0 or self.top_p < 1
 
     def _kept(self, logits_XV: torch.Tensor) -> torch.Tensor:
-        candidates = min(self.top_k or logits_XV.shape[-1], logits_XV.shape[-1])
-        highest_XC = logits_XV.topk(candidates).values
+        highest_XC = logits_XV.topk(min(self.top_k or logits_XV.shape[-1], logits_XV.shape[-1])).values
         mass_XC = highest_XC.double().softmax(dim=-1).cumsum(dim=-1)
-        count_X1 = ((mass_XC < self.top_p).sum(dim=-1, keepdim=True) + 1).clamp_max(candidates)
-        if self.top_p == 1:
-            count_X1 = torch.full_like(count_X1, candidates)
+        enough = self.top_p if self.top_p < 1 else math.inf  # rounded, the mass may reach 1 before the last token
+        count_X1 = (mass_XC[..., :-1] < enough).sum(dim=-1, keepdim=True) + 1
         least_X1 = highest_XC.gather(-1, count_X1 - 1)
         above_XV, tied_XV = logits_XV > least_X1, logits_XV == least_X1
         return above_XV | tied_XV & (tied_XV.cumsum(dim=-1) <= count_X1 - above_XV.sum(dim=-1, keepdim=True))

@@ -16,6 +16,8 @@ from specforge.features.generation import draw
 class Verdict(NamedTuple):
     paths: list[list[int]]
     """Of each row, the nodes that are committed: node 0, then the accepted ones from the root down."""
+    accepted_ids: list[list[int]]
+    """Of each row, the tokens of the accepted nodes: one fewer than its path has nodes."""
     next_ids: list[int]
     """Of each row, the token that follows; it is no node."""
 
@@ -23,31 +25,41 @@ class Verdict(NamedTuple):
 def follow(logits_BNV: torch.Tensor, ids_BN: torch.Tensor, tree: Tree, sampling: Sampling, generator: torch.Generator) -> Verdict:
     """The target chooses its own token at every node, and the walk goes to the child that has it (of several, the first).
 
-    Lossless where the drafts are a function of the past alone, as those of a greedy draft are; sampled ones are for
-    `accept_or_resample`. Waits for the device once.
+    Lossless for all drafts that do not know the target's draws. A draft x that was sampled from q is accepted with p(x) here, with
+    min(1, p(x) / q(x)) by `accept_or_resample`. The generator is on the device of the logits. Waits for the device once.
     """
+    verdict = Verdict([], [], [])
     own_BN = sampling.choose(logits_BNV, generator)
-    paths, next_ids = [], []
     for own_N, ids_N, parent_N in torch.stack([own_BN, ids_BN, tree.parent_BN], dim=1).tolist():
-        path, tip, wanted = [0], 0, own_N[0]
+        path, accepted_ids, next_id = [0], [], own_N[0]
         for node, parent in enumerate(parent_N):
-            if parent == tip and ids_N[node] == wanted:
+            if parent == path[-1] and ids_N[node] == next_id:
                 path.append(node)
-                tip, wanted = node, own_N[node]
-        paths.append(path)
-        next_ids.append(wanted)
-    return Verdict(paths, next_ids)
+                accepted_ids.append(next_id)
+                next_id = own_N[node]
+        verdict.paths.append(path)
+        verdict.accepted_ids.append(accepted_ids)
+        verdict.next_ids.append(next_id)
+    return verdict
 
 
 def accept_or_resample(
     logits_BNV: torch.Tensor, ids_BN: torch.Tensor, draft_probs_BKV: torch.Tensor, sampling: Sampling, generator: torch.Generator
 ) -> Verdict:
     """Speculative sampling of a chain of drafts that were drawn from `draft_probs_BKV` (Leviathan et al. 2023, arXiv 2211.17192,
-    algorithm 1; Chen et al. 2023, arXiv 2302.01318, algorithm 2). Waits for the device once."""
+    algorithm 1; Chen et al. 2023, arXiv 2302.01318, algorithm 2).
+
+    Whether there is a proposal at a position may depend on the tokens before it, not on the token drawn there: to withhold
+    unlikely draws would change the text. The generator is on the device of the logits. Waits for the device once.
+    """
     uniform_BN = uniforms(ids_BN.shape, generator)
-    decided_B2 = torch.stack(judge(sampling.probabilities(logits_BNV), ids_BN[:, 1:], draft_probs_BKV, uniform_BN), dim=1)
-    accepted, next_ids = zip(*decided_B2.tolist(), strict=True)
-    return Verdict([list(range(count + 1)) for count in accepted], list(next_ids))
+    accepted_B, next_B = judge(sampling.probabilities(logits_BNV), ids_BN[:, 1:], draft_probs_BKV, uniform_BN)
+    verdict = Verdict([], [], [])
+    for accepted, next_id, *ids_N in torch.cat([accepted_B[:, None], next_B[:, None], ids_BN], dim=1).tolist():
+        verdict.paths.append(list(range(accepted + 1)))
+        verdict.accepted_ids.append(ids_N[1 : accepted + 1])
+        verdict.next_ids.append(next_id)
+    return verdict
 
 
 def judge(
