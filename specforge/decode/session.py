@@ -65,14 +65,14 @@ class TargetSession:
         return block
 
     def forward(self, ids_BN: torch.Tensor, tree: Tree) -> Block:
-        """The nodes of `tree` behind the committed tokens; an id of -1 (no proposal) is read as 0."""
+        """The nodes of `tree` behind the committed tokens."""
         nodes = ids_BN.shape[1]
         length_B1 = self._on_device(self.lengths)[:, None]
         slot_BN = length_B1 + self._slot_C[:nodes]
         position_BN = length_B1 + tree.depth_BN
         self._cache.aim(self.lengths, nodes, slot_BN)
         mask = self._mask(length_B1, slot_BN, position_BN, tree)
-        return self._run(ids_BN.clamp_min(0), position_BN, mask)
+        return self._run(ids_BN, position_BN, mask)
 
     def keep(self, paths: Sequence[Sequence[int]]) -> None:
         """Commit nodes of the last block, a row: ascending depth, node 0 first; an empty path commits nothing."""
