@@ -62,7 +62,7 @@ class Sampling:
         count_X1 = (mass_XC[..., :-1] < enough).sum(dim=-1, keepdim=True) + 1
         least_X1 = highest_XC.gather(-1, count_X1 - 1)
         above_XV, tied_XV = logits_XV > least_X1, logits_XV == least_X1
-        return above_XV | tied_XV & (tied_XV.cumsum(dim=-1) <= count_X1 - above_XV.sum(dim=-1, keepdim=True))
+        return above_XV | tied_XV & (tied_XV.cumsum(dim=-1, dtype=torch.int32) <= count_X1 - above_XV.sum(dim=-1, keepdim=True))
 
 
 def uniforms(shape: Sequence[int], generator: torch.Generator) -> torch.Tensor:
