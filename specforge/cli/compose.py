@@ -21,6 +21,7 @@ from specforge.features.loader import FeatureDataLoader
 from specforge.features.store import LocalFeatureStore
 from specforge.features.target import Target
 from specforge.log.run_log import RunLog
+from specforge.models.calibration import write_calibrations
 from specforge.training.backend import FSDPTrainingBackend
 from specforge.training.checkpoint import CheckpointManager, job_name
 from specforge.training.controller import TrainerController, refuse_after_non_finite
@@ -190,8 +191,12 @@ def _write_config(folder: Path, config: RunConfig) -> None:
     files.write_text(path, text)
 
 
-def evaluate_checkpoint(config: RunConfig, path: Path, world: World) -> dict[str, Any]:
-    """`eval/*` numbers of a checkpoint; the target is loaded only if its features are not in the cache."""
+def evaluate_checkpoint(config: RunConfig, path: Path, world: World, *, calibrate: bool = False) -> dict[str, Any]:
+    """`eval/*` numbers of a checkpoint; the target is loaded only if its features are not in the cache.
+
+    Args:
+        calibrate: store the scalings of the draft's confidence in its folder.
+    """
     checkpoint = world.on_main(lambda: resolve(path))
     tables = read_tables(config)
     meta = feature_meta(config, tables, world)
@@ -204,7 +209,9 @@ def evaluate_checkpoint(config: RunConfig, path: Path, world: World) -> dict[str
     CheckpointManager(Paths.of(config).run, world, config.checkpoint.keep).load_draft(checkpoint, backend)
     evaluator = build_evaluator(config, store, method.draft_tokens, world)
     with backend.whole():
-        numbers = evaluator.evaluate(method, backend)
+        numbers, calibrations = evaluator.calibrate(method, backend)
+    if calibrate:
+        world.on_main(lambda: write_calibrations(checkpoint.path / "draft", calibrations))
     if world.is_main and (reason := why_no_walk(numbers)):
         print(reason, file=sys.stderr)
     return {**numbers, "target_loads": Target.loads, "target_forwards": Target.forwards, "cache_s": round(cache_s, 3)}

@@ -16,20 +16,22 @@ def run(words: Sequence[str]) -> int:
     parser.add_argument("config", help="the configuration of the run, for example RUN/config.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that win over the file")
     parser.add_argument("--checkpoint", required=True, help="RUN/best, RUN/latest or a step folder")
+    parser.add_argument("--calibrate", action="store_true", help="store what scales the draft's confidence beside its weights")
     given = parser.parse_args(words)
     config = load_config(given.config, given.overrides)
 
     from specforge.cli.compose import evaluate_checkpoint, set_threads
-    from specforge.cli.table import acceptance_table
+    from specforge.cli.table import acceptance_table, calibration_table
     from specforge.distributed import World
 
     world = World.join()
     set_threads(world)
     try:
-        numbers = evaluate_checkpoint(config, Path(given.checkpoint), world)
+        numbers = evaluate_checkpoint(config, Path(given.checkpoint), world, calibrate=given.calibrate)
     finally:
         world.leave()
     if world.is_main:
         print(acceptance_table(numbers))
+        print(calibration_table(numbers))
         print(json.dumps(numbers))
     return 0

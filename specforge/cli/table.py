@@ -26,6 +26,22 @@ def acceptance_table(numbers: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def calibration_table(numbers: Mapping[str, Any]) -> str:
+    """How far the draft's confidence can be trusted, as it is and scaled."""
+    metrics = ("auc", "pcoc", "ece", "brier")
+    lines = ["", "confidence: draft k given that 1..k-1 are right, and survival of the prefix; on samples that no scaling was fitted on"]
+    lines.append(f"{'':<24}" + "".join(f"{metric.upper():>9}" for metric in metrics))
+    for version in ("raw", "temperature", "platt"):
+        columns = [
+            [*numbers[f"eval/calibration/{version}/per_position_{metric}"], numbers[f"eval/calibration/{version}/{metric}"]]
+            for metric in metrics
+        ]
+        for k, values in enumerate(zip(*columns, strict=True), 1):
+            label = f"{version}, " + (f"draft {k}" if k < len(columns[0]) else "survival")
+            lines.append(f"{label:<24}" + "".join(f"{value:>9.3f}" for value in values))
+    return "\n".join(lines)
+
+
 def _row(label: str, numbers: Mapping[str, Any], draft: str, ngram: str) -> str:
     return f"{label:<24}" + "".join(
         f"{numbers[name]:>{width}.3f}" if name in numbers else f"{'-':>{width}}" for name, width in ((draft, 8), (ngram, 9))

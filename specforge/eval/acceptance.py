@@ -65,6 +65,13 @@ def answers(loss_mask_S: np.ndarray) -> list[tuple[int, int]]:
     return [(int(p), int(e) - 1) for p, e in zip(np.flatnonzero(edges == 1), np.flatnonzero(edges == -1), strict=True)]
 
 
+def compare(proposals_SK: np.ndarray, wanted_S: np.ndarray, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
+    """Which drafts of the starts first..last-1 exist, and which of them are the token that is wanted: bool [last - first, K] each."""
+    token_SK = np.arange(first, last)[:, None] + np.arange(1, proposals_SK.shape[1] + 1)
+    exists_SK = token_SK <= last
+    return exists_SK, exists_SK & (proposals_SK[first:last] == wanted_S[np.minimum(token_SK, last)])
+
+
 def count_sample(ids_S: np.ndarray, loss_mask_S: np.ndarray, argmax_S: np.ndarray, proposals_SK: np.ndarray) -> np.ndarray:
     """The counts of one sample: int64 [Columns(K).width].
 
@@ -72,24 +79,18 @@ def count_sample(ids_S: np.ndarray, loss_mask_S: np.ndarray, argmax_S: np.ndarra
         argmax_S: the target's arg-max at each token, which is about the token after it.
         proposals_SK: the id proposed for token s+k in row s, column k-1; -1: none.
     """
-    tokens, drafts = proposals_SK.shape
-    columns = Columns(drafts)
+    columns = Columns(proposals_SK.shape[1])
     counts = np.zeros(columns.width, dtype=np.int64)
     supervised = np.flatnonzero(loss_mask_S[1:]) + 1
     counts[columns.supervised] = len(supervised)
     counts[columns.matches] = (argmax_S[supervised - 1] == ids_S[supervised]).sum()
     for first, last in answers(loss_mask_S):
-        starts = np.arange(first, last)
-        token_SK = starts[:, None] + np.arange(1, drafts + 1)
-        exists_SK = token_SK <= last
-        token_SK = np.minimum(token_SK, tokens - 1)
-        proposed_SK = proposals_SK[starts]
-        right_SK = exists_SK & (proposed_SK == argmax_S[token_SK - 1])
+        exists_SK, right_SK = compare(proposals_SK, np.roll(argmax_S, 1), first, last)
         counts[columns.correct] += right_SK.sum(0)
         counts[columns.exist] += exists_SK.sum(0)
         counts[columns.joint] += np.logical_and.accumulate(right_SK, axis=1).sum(0)
-        counts[columns.starts] += len(starts)
-        accepted_S = np.logical_and.accumulate(exists_SK & (proposed_SK == ids_S[token_SK]), axis=1).sum(1)
+        counts[columns.starts] += last - first
+        accepted_S = np.logical_and.accumulate(compare(proposals_SK, ids_S, first, last)[1], axis=1).sum(1)
         at = first
         while at < last:
             accepted = min(int(accepted_S[at - first]), last - at)

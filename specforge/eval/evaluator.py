@@ -13,11 +13,13 @@ import torch
 from specforge.data.packing import pack
 from specforge.decode.ngram import proposals as ngram_proposals
 from specforge.distributed import World
-from specforge.eval.acceptance import GREEDY_MATCH_MINIMUM, Columns, acceptance, count_sample, walk
+from specforge.eval.acceptance import GREEDY_MATCH_MINIMUM, Columns, acceptance, answers, compare, count_sample, walk
 from specforge.eval.bootstrap import interval, poisson_weights
+from specforge.eval.calibration import Chains, fit, is_for_fit, measure
 from specforge.features.batch import DraftBatch
 from specforge.features.store import LocalFeatureStore
 from specforge.methods.base import Method, StepOutput
+from specforge.models.calibration import Calibration
 
 
 class Evaluator:
@@ -60,24 +62,41 @@ class Evaluator:
         Args:
             forward: how to call the method (a backend, say); the method itself if None.
         """
-        forward = forward or method
+        numbers, chains = self._pass(method, forward or method)
+        return numbers | _named(measure({"raw": self._half(chains, for_fit=False)}, self._world))
+
+    def calibrate(self, method: Method, forward: Callable[..., StepOutput] | None = None) -> tuple[dict[str, Any], dict[str, Calibration]]:
+        """What `evaluate` gives, the same numbers of scaled confidences, and the scalings. The samples that fit are not measured."""
+        numbers, chains = self._pass(method, forward or method)
+        scalings = fit(self._half(chains, for_fit=True), self._world)
+        measured = self._half(chains, for_fit=False)
+        versions = {"raw": measured, **{name: measured.scaled(calibration) for name, calibration in scalings.items()}}
+        return numbers | _named(measure(versions, self._world)), scalings
+
+    def _pass(self, method: Method, forward: Callable[..., StepOutput]) -> tuple[dict[str, Any], dict[int, Chains]]:
+        """The numbers of what was proposed, and this rank's chains by sample."""
         device = self._world.device
-        sums, proposed = torch.zeros(2, dtype=torch.float64, device=device), []
+        sums, proposed, confidences = torch.zeros(2, dtype=torch.float64, device=device), [], []
         for samples in self._batches:
             batch = DraftBatch.read(self._store, samples)
             plan = method.plan(batch)
             output = forward(batch.to(device), plan)
             sums += torch.stack([output.loss_sum.detach().double().sum(), torch.tensor(plan.weight, dtype=torch.float64, device=device)])
             proposed.append(output.proposals_TK)
+            confidences.append(output.confidences_TK)
         samples = [sample for batch_samples in self._batches for sample in batch_samples]
         lengths = [int(self._store.lengths[sample]) for sample in samples]
-        per_sample = torch.cat(proposed).cpu().numpy() if proposed else np.empty((0, self._draft_tokens))
-        table = {
-            sample: self._count(sample, proposals_SK)
-            for sample, proposals_SK in zip(samples, np.split(per_sample, np.cumsum(lengths)[:-1]), strict=False)
-        }
+        table, chains = dict[int, np.ndarray](), dict[int, Chains]()
+        if samples:
+            tables = (torch.cat(rows)[:, : self._draft_tokens].cpu().split(lengths) for rows in (proposed, confidences))
+            for sample, proposals_SK, confidences_SK in zip(samples, *tables, strict=True):
+                table[sample] = self._count(sample, proposals_SK.numpy())
+                chains[sample] = self._chains(sample, proposals_SK.numpy(), confidences_SK)
         loss_sum, weight = self._world.sum_(sums).tolist()
-        return self._numbers(self._reduced(table), loss_sum / max(weight, 1e-9))
+        return self._numbers(self._reduced(table), loss_sum / max(weight, 1e-9)), chains
+
+    def _half(self, chains: dict[int, Chains], *, for_fit: bool) -> Chains:
+        return Chains.join([rows for sample, rows in chains.items() if is_for_fit(self._store.ids[sample]) is for_fit], self._draft_tokens)
 
     def _count(self, sample: int, proposals_SK: np.ndarray | None) -> np.ndarray:
         """The counts of a sample; of the n-gram drafter where no proposals are given."""
@@ -86,7 +105,17 @@ class Evaluator:
             starts = np.flatnonzero(mask_S)
             proposals_SK = np.full((len(ids_S), self._draft_tokens), -1, dtype=np.int64)
             proposals_SK[starts] = ngram_proposals(ids_S, starts, self._draft_tokens)
-        return count_sample(ids_S, mask_S, argmax_S, proposals_SK[:, : self._draft_tokens])
+        return count_sample(ids_S, mask_S, argmax_S, proposals_SK)
+
+    def _chains(self, sample: int, proposals_SK: np.ndarray, confidences_SK: torch.Tensor) -> Chains:
+        """One row a start; a chain ends where nothing was proposed."""
+        _, mask_S, argmax_S = (labels.numpy() for labels in self._store.labels(sample))
+        rows = []
+        for first, last in answers(mask_S):
+            exists_SK, right_SK = compare(proposals_SK, np.roll(argmax_S, 1), first, last)
+            exists_SK = np.logical_and.accumulate(exists_SK & (proposals_SK[first:last] >= 0), axis=1)
+            rows.append(Chains(confidences_SK[first:last].double(), torch.from_numpy(right_SK & exists_SK), torch.from_numpy(exists_SK)))
+        return Chains.join(rows, self._draft_tokens)
 
     def _reduced(self, table: dict[int, np.ndarray]) -> np.ndarray:
         """Sums over all samples: row 0 of everything, then one row a domain, then one row a bootstrap replicate."""
@@ -119,6 +148,10 @@ class Evaluator:
             if "walk_acc_len" in (of_domain := acceptance(ngram, self._columns)):
                 numbers[f"eval/{name}/ngram_walk_acc_len"] = of_domain["walk_acc_len"]
         return numbers
+
+
+def _named(numbers: dict[str, Any]) -> dict[str, Any]:
+    return {f"eval/calibration/{name}": value for name, value in numbers.items()}
 
 
 def why_no_walk(numbers: dict[str, Any]) -> str | None:

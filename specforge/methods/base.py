@@ -23,6 +23,8 @@ class StepOutput(NamedTuple):
     """Additive numbers by name, each a vector of fixed length; `correct` and `count` [K] are always there."""
     proposals_TK: torch.Tensor
     """The id proposed for token s+k when drafting starts at token s, in column k-1 of row s; -1: none. int32."""
+    confidences_TK: torch.Tensor
+    """How probable the draft calls that id, from 0 to 1; 0 where there is none. float32."""
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,7 @@ def soft_cross_entropy(
     teacher_N: torch.Tensor,
     weight_N: torch.Tensor,
     chunks: list[tuple[int, int, int, int]],
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Sum over rows of weight * CE(teacher || softmax(draft logits)), both on the draft vocabulary.
 
     Args:
@@ -54,7 +54,8 @@ def soft_cross_entropy(
         chunks: (row_start, row_end, teacher_start, teacher_end), known on the host.
 
     Returns:
-        the loss in nats (float32 scalar) and the draft-vocabulary id each row proposes (int64 [N]).
+        the loss in nats (float32 scalar), the draft-vocabulary id each row proposes (int64 [N]), and how probable the draft
+        calls it (float32 [N]).
     """
     return _SoftCrossEntropy.apply(hidden_MH, row_N, head_DH, teacher, teacher_N, weight_N, chunks)
 
@@ -84,10 +85,11 @@ class _SoftCrossEntropy(torch.autograd.Function):
         teacher_N: torch.Tensor,
         weight_N: torch.Tensor,
         chunks: list[tuple[int, int, int, int]],
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         wide = torch.promote_types(hidden_MH.dtype, torch.float32)
         loss = torch.zeros((), dtype=wide, device=hidden_MH.device)
         proposals_N = torch.empty(len(row_N), dtype=torch.int64, device=hidden_MH.device)
+        confidences_N = torch.empty(len(row_N), dtype=torch.float32, device=hidden_MH.device)
         grad_hidden = torch.zeros_like(hidden_MH) if ctx.needs_input_grad[0] else None
         grad_head = torch.zeros_like(head_DH, dtype=wide) if ctx.needs_input_grad[2] else None
         for row_start, row_end, teacher_start, teacher_end in chunks:
@@ -99,8 +101,10 @@ class _SoftCrossEntropy(torch.autograd.Function):
             logits_ND = hidden_NH @ head_DH.T
             best_N, proposals_N[rows] = row_maxima(logits_ND)
             draft_ND = logits_ND.softmax(-1, dtype=wide)
+            largest_N = draft_ND.gather(1, proposals_N[rows, None])[:, 0]
+            confidences_N[rows] = largest_N
             # The largest probability is at least 1/D, so its logarithm is exact enough to give the normaliser.
-            log_normaliser_N = best_N.to(wide) - draft_ND.gather(1, proposals_N[rows, None])[:, 0].log()
+            log_normaliser_N = best_N.to(wide) - largest_N.log()
             loss += weight_N[rows].to(wide) @ (log_normaliser_N - logits_ND.to(wide).mul_(target_ND).sum(-1))
             del logits_ND
             grad_ND = draft_ND.sub_(target_ND).mul_(weight_N[rows, None]).to(head_DH.dtype)
@@ -113,8 +117,8 @@ class _SoftCrossEntropy(torch.autograd.Function):
                 grad_head += grad_ND.T @ hidden_NH
             del grad_ND
         ctx.save_for_backward(grad_hidden, None if grad_head is None else grad_head.to(head_DH.dtype))
-        ctx.mark_non_differentiable(proposals_N)
-        return loss, proposals_N
+        ctx.mark_non_differentiable(proposals_N, confidences_N)
+        return loss, proposals_N, confidences_N
 
     @staticmethod
     def backward(ctx: FunctionCtx, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:

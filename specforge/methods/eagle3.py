@@ -222,7 +222,7 @@ class Eagle3(nn.Module):
         return outputs
 
     def loss(self, batch: DraftBatch, plan: TTTPlan, outputs: list[torch.Tensor]) -> StepOutput:
-        """Loss, counts and proposals from the outputs [R, H] of the steps."""
+        """Loss, counts, proposals and their confidences from the outputs [R, H] of the steps."""
         device, steps = batch.input_ids.device, plan.steps[: len(outputs)]
         start_N = np.concatenate([step.rows_R[step.supervised_S] for step in steps])
         step_N = np.repeat(np.arange(len(steps)), [len(step.supervised_S) for step in steps])
@@ -239,7 +239,7 @@ class Eagle3(nn.Module):
         head_DH = self.teacher_head_DH if self.draft.lm_head is None else self.draft.lm_head.weight
         chunk_rows = self.options.loss_chunk_rows or default_chunk_rows(len(head_DH))
         chunks = [(a, b, int(teacher_N[a]), int(teacher_N[b - 1]) + 1) for a, b in chunk_borders(teacher_N, chunk_rows)]
-        loss_sum, proposals_N = soft_cross_entropy(
+        loss_sum, proposals_N, confidences_N = soft_cross_entropy(
             hidden_MH, to_device(row_N, device), head_DH.to(hidden_MH.dtype), teacher,
             to_device(teacher_N, device), to_device(weight_N.astype(np.float32), device), chunks,
         )  # fmt: skip
@@ -248,13 +248,15 @@ class Eagle3(nn.Module):
         starts, columns = to_device(start_N, device), to_device(step_N, device)
         proposals_TK = torch.full((batch.documents.num_tokens, self.draft_tokens), -1, dtype=torch.int32, device=device)
         proposals_TK[starts + 1, columns] = ids_N.int()
+        confidences_TK = torch.zeros(proposals_TK.shape, device=device)
+        confidences_TK[starts + 1, columns] = confidences_N
         right_N = ids_N == batch.argmax[starts + 1 + columns]
         zeros = torch.zeros(self.draft_tokens, device=device)
         tally = {
             "correct": zeros.index_add(0, columns, right_N.float()),
             "count": zeros.index_add(0, columns, torch.ones_like(right_N, dtype=torch.float32)),
         }
-        return StepOutput(loss_sum, tally, proposals_TK)
+        return StepOutput(loss_sum, tally, proposals_TK, confidences_TK)
 
     def _teacher(self, batch: DraftBatch, token_U: torch.Tensor) -> Teacher:
         """The target's distribution at some tokens, exact where the batch has its last hidden state."""

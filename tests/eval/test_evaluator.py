@@ -39,6 +39,8 @@ def assert_same(got: dict[str, Any], expected: dict[str, Any]) -> None:
     for name, value in expected.items():
         if name == "eval/avg_loss":
             assert got[name] == pytest.approx(value, rel=1e-6)
+        elif name.startswith("eval/calibration/"):
+            assert got[name] == pytest.approx(value, rel=1e-6, nan_ok=True), name
         elif name != "collectives":
             assert got[name] == value, name
 
@@ -55,7 +57,7 @@ def test_ranks_change_nothing(world: int, max_samples: int, target_path: Path, s
     expected = evaluate(World(), target_path, store.folder, 60, max_samples)
     for numbers in run_ranks(evaluate, target_path, store.folder, 60, max_samples, world=world):
         assert_same(numbers, expected)
-        assert numbers["collectives"] == 2, "one reduction of the loss, one of the counts"
+        assert numbers["collectives"] == 3, "one reduction of the loss, one of the counts, one of the confidences"
 
 
 def test_another_draft_gives_other_numbers(target_path: Path, store: LocalFeatureStore) -> None:

@@ -22,13 +22,15 @@ def test_chunks_equal_whole_logits(chunk_rows: int, dtype: torch.dtype, toleranc
     borders = chunk_borders(teacher_N.numpy(), chunk_rows)
     assert len(borders) == {1: len(teacher), 100: 1}.get(chunk_rows, len(borders))
     chunks = [(a, b, int(teacher_N[a]), int(teacher_N[b - 1]) + 1) for a, b in borders]
-    loss, proposals = soft_cross_entropy(hidden, row_N, head, ExactTeacher(teacher, teacher_head), teacher_N, weight, chunks)
+    loss, proposals, confidences = soft_cross_entropy(hidden, row_N, head, ExactTeacher(teacher, teacher_head), teacher_N, weight, chunks)
 
     logits = hidden[row_N] @ head.T
     target = (teacher @ teacher_head.T).softmax(-1)[teacher_N]
     whole = -(weight.to(dtype) * (target * logits.log_softmax(-1)).sum(-1)).sum()
     torch.testing.assert_close(loss, whole, rtol=tolerance, atol=tolerance)
     assert torch.equal(proposals, logits.argmax(-1))
+    torch.testing.assert_close(confidences, logits.softmax(-1).amax(-1).float(), rtol=max(tolerance, 1e-6), atol=0)
+    assert not confidences.requires_grad
     for got, expected in zip(*(torch.autograd.grad(3 * value, (hidden, head)) for value in (loss, whole)), strict=True):
         torch.testing.assert_close(got, expected, rtol=tolerance, atol=10 * tolerance)
 
