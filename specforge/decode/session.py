@@ -46,8 +46,9 @@ class TargetSession:
         self.lengths = [0] * rows
         """Committed tokens in the cache, a row."""
         self._layer_types = _layer_types(target)
-        self._cache = SlotCache(target.num_layers, capacity)
-        self._slot_C = torch.arange(capacity, device=target.device)
+        self._device = target.device
+        self._cache = SlotCache(target.num_layers, capacity, self._device)
+        self._shown, self._hidden = torch.tensor([0.0, torch.finfo(target.dtype).min], dtype=target.dtype, device=self._device)
         head_VH, bias_V = target.head_tensors()
         self._head_VH, self._bias_V = _wide(head_VH), None if bias_V is None else _wide(bias_V)
 
@@ -58,21 +59,17 @@ class TargetSession:
         for row, prompt in enumerate(prompts):
             ids_BN[row, : lengths[row]] = torch.from_numpy(np.asarray(prompt, dtype=np.int64))
         self.target.require_plain_head(prompts[0])
-        self._cache.aim([0] * len(prompts), ids_BN.shape[1], self._slot_C)
+        self._cache.slots.aim([0] * len(prompts), ids_BN.shape[1])
         # The decoder's own causal mask will do: padding comes after all that is real.
-        block = self._run(ids_BN.to(self.target.device), self._slot_C[None, : ids_BN.shape[1]], None)
+        block = self._run(ids_BN.to(self._device), self._cache.slots.slot_C[None, : ids_BN.shape[1]], None)
         self.lengths = lengths
         return block
 
     def forward(self, ids_BN: torch.Tensor, tree: Tree) -> Block:
         """The nodes of `tree` behind the committed tokens."""
-        nodes = ids_BN.shape[1]
-        length_B1 = self._on_device(self.lengths)[:, None]
-        slot_BN = length_B1 + self._slot_C[:nodes]
-        position_BN = length_B1 + tree.depth_BN
-        self._cache.aim(self.lengths, nodes, slot_BN)
-        mask = self._mask(length_B1, slot_BN, position_BN, tree)
-        return self._run(ids_BN, position_BN, mask)
+        self._cache.slots.aim(self.lengths, ids_BN.shape[1])
+        position_B1N = tree.depth_BN[:, None] + self._cache.slots.start
+        return self._run(ids_BN, position_B1N[:, 0], self._mask(tree.visible_BNN, position_B1N))
 
     def keep(self, paths: Sequence[Sequence[int]]) -> None:
         """Commit nodes of the last block, a row: ascending depth, node 0 first; an empty path commits nothing."""
@@ -83,7 +80,7 @@ class TargetSession:
             if node != depth
         ]
         if moves:
-            self._cache.move(*self._on_device(list(zip(*moves, strict=True))))
+            self._cache.move(*self._cache.slots.on_device(list(zip(*moves, strict=True))))
         self.lengths = [length + len(path) for length, path in zip(self.lengths, paths, strict=True)]
 
     def logits(self, last_BNH: torch.Tensor) -> torch.Tensor:
@@ -92,36 +89,30 @@ class TargetSession:
 
     @torch.no_grad()
     def _run(self, ids_BN: torch.Tensor, position_BN: torch.Tensor, mask: torch.Tensor | dict[str, torch.Tensor] | None) -> Block:
-        device = self.target.device
         with self.target.residual_stream(self.layer_ids) as stream:
             output = self.target.decoder(
                 input_ids=ids_BN, attention_mask=mask, position_ids=position_BN, past_key_values=self._cache, use_cache=True
             )
-        last_BNH = output.last_hidden_state.to(device)
-        aux = [stream[layer].to(device) for layer in self.layer_ids]
+        last_BNH = output.last_hidden_state.to(self._device)
+        aux = [stream[layer].to(self._device) for layer in self.layer_ids]
         return Block(last_BNH, torch.cat(aux, dim=-1) if aux else last_BNH[..., :0])
 
-    def _mask(
-        self, length_B1: torch.Tensor, slot_BN: torch.Tensor, position_BN: torch.Tensor, tree: Tree
-    ) -> torch.Tensor | dict[str, torch.Tensor]:
+    def _mask(self, visible_BNN: torch.Tensor, position_B1N: torch.Tensor) -> torch.Tensor | dict[str, torch.Tensor]:
         """What is added to the attention scores [B, 1, N, U]: one for all layers, or one for each type of layer."""
-        slot_U = self._slot_C[: self._cache.slots.stop]
-        visible_BNU = (slot_U < length_B1)[:, None].repeat(1, slot_BN.shape[1], 1)
-        visible_BNU.scatter_(2, slot_BN[:, None].expand_as(tree.visible_BNN), tree.visible_BNN)
+        slots = self._cache.slots
+        slot_U = slots.slot_C[: slots.stop]
+        visible_BNU = (slot_U < slots.start).expand(*visible_BNN.shape[:2], -1).clone()
+        slots.write(visible_BNU, visible_BNN)
         if self._layer_types == {_FULL}:
-            return self._additive(visible_BNU)
-        position_BU = slot_U.repeat(len(slot_BN), 1).scatter_(1, slot_BN, position_BN)
-        near_BNU = position_BU[:, None] > position_BN[..., None] - self.target.config.sliding_window
-        sliding = self._additive(visible_BNU & near_BNU)
-        return sliding if self._layer_types == {_SLIDING} else {_FULL: self._additive(visible_BNU), _SLIDING: sliding}
+            return self._scores(visible_BNU)
+        position_B1U = slot_U.repeat(len(visible_BNN), 1, 1)
+        slots.write(position_B1U, position_B1N)
+        near_BNU = position_B1U > position_B1N.transpose(1, 2) - self.target.config.sliding_window
+        sliding = self._scores(visible_BNU & near_BNU)
+        return sliding if self._layer_types == {_SLIDING} else {_FULL: self._scores(visible_BNU), _SLIDING: sliding}
 
-    def _additive(self, visible_BNU: torch.Tensor) -> torch.Tensor:
-        hidden = torch.finfo(self.target.dtype).min
-        mask_BNU = torch.full(visible_BNU.shape, hidden, dtype=self.target.dtype, device=visible_BNU.device)
-        return mask_BNU.masked_fill_(visible_BNU, 0)[:, None]
-
-    def _on_device(self, values: Sequence[int] | Sequence[Sequence[int]]) -> torch.Tensor:
-        return torch.tensor(values).to(self.target.device, non_blocking=True)
+    def _scores(self, visible_BNU: torch.Tensor) -> torch.Tensor:
+        return torch.where(visible_BNU, self._shown, self._hidden)[:, None]
 
 
 def _wide(x: torch.Tensor) -> torch.Tensor:
