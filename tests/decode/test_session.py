@@ -153,11 +153,12 @@ def test_a_row_that_outgrows_the_cache_is_named() -> None:
 def test_layers_that_cannot_take_tokens_back_are_refused_by_name() -> None:
     linear = hf.Qwen3NextConfig(**SIZES, layer_types=["linear_attention", "full_attention"] * 2, num_experts=2, num_experts_per_tok=1)
     chunked = hf.Qwen3Config(**SIZES, layer_types=["chunked_attention", "full_attention"] * 2)
-    recurrent = hf.MambaConfig(vocab_size=VOCAB, hidden_size=16, num_hidden_layers=2, state_size=4)
+    recurrent = hf.RwkvConfig(vocab_size=VOCAB, hidden_size=16, attention_hidden_size=16, num_hidden_layers=2)
     with torch.device("meta"):
-        models = [hf.Qwen3NextForCausalLM(linear), hf.Qwen3ForCausalLM(chunked), hf.MambaForCausalLM(recurrent)]
-    for model, named in zip(models, ("Qwen3NextModel.*linear_attention", "Qwen3Model.*chunked_attention", "MambaModel"), strict=True):
-        with pytest.raises(ConfigError, match=f"{named}.*decode with a target of full_attention"):
+        models = [hf.Qwen3NextForCausalLM(linear), hf.Qwen3ForCausalLM(chunked), hf.RwkvForCausalLM(recurrent)]
+    named = ("Qwen3NextModel.*linear_attention", "Qwen3Model.*chunked_attention", "RwkvModel.*recurrent state")
+    for model, words in zip(models, named, strict=True):
+        with pytest.raises(ConfigError, match=f"{words}.*decode with a target of full_attention"):
             TargetSession(Target(model), 1, 16)
 
     flash = make_target("llama")
