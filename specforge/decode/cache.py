@@ -88,7 +88,7 @@ class SlotLayer(CacheLayerMixin):
     def get_max_length(self) -> int:
         return len(self.slots.slot_C)
 
-    get_max_cache_shape = get_max_length  # its name before transformers 5.23
+    get_max_cache_shape = get_max_length  # its name in earlier releases of transformers
 
 
 class SlotCache(Cache):
