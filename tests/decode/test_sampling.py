@@ -99,6 +99,7 @@ LAST = 1 - 2**-53
         ([0, 2, 0, 2, 0], LAST, 3),  # and no trailing zero
         ([0, 0, 1e-30, 0, 0], LAST, 2),
         ([0.1] * 10, LAST, 9),
+        ([1, 1e-8], LAST, 1),  # the sums are float64
         ([0.1] * 3 + [0.7, 0], LAST, 3),
         ([1, 1, 1, 1], 0.75, 3),
         ([5], 0.0, 0),
@@ -113,6 +114,17 @@ def test_a_grid_of_uniforms_draws_every_token_by_its_weight() -> None:
     weights_V = torch.tensor([3.0, 0.0, 5.0, 1.0, 0.0, 7.0])
     grid = (torch.arange(1600, dtype=torch.float64) + 0.5) / 1600
     assert draw(weights_V.expand(1600, -1), grid).bincount(minlength=6).tolist() == [300, 0, 500, 100, 0, 700]
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_no_border_of_a_large_vocabulary_draws_a_zero(device: str) -> None:
+    generator = torch.Generator().manual_seed(2)
+    weights_BV = torch.rand(400, 20_000, generator=generator) * (torch.rand(400, 20_000, generator=generator) < 0.3)
+    cumulated_BV = weights_BV.cumsum(dim=1, dtype=torch.float64)
+    border_B1 = cumulated_BV.gather(1, torch.randint(20_000, (400, 1), generator=generator))
+    uniform_B = (border_B1 / cumulated_BV[:, -1:]).squeeze(1).clamp_max(LAST)
+    drawn_B = draw(weights_BV.to(device), uniform_B.to(device)).cpu()
+    assert (weights_BV.gather(1, drawn_B[:, None]) > 0).all()
 
 
 def test_uniforms_are_float64_and_repeat_with_the_seed() -> None:
