@@ -66,9 +66,9 @@ def test_hanging_rank_is_killed_at_the_timeout(tmp_path: Path) -> None:
             _sleep_forever()
 
     begun_s = time.monotonic()
-    with pytest.raises(RankError, match=r"ranks \[1\] of 2 did not finish within 1 s(.|\n)*in _sleep_forever"):
-        run_ranks(rank_one_hangs, timeout_s=1.0)
-    assert time.monotonic() - begun_s < 10
+    with pytest.raises(RankError, match=r"ranks \[1\] of 2 did not finish within 3 s(.|\n)*in _sleep_forever"):
+        run_ranks(rank_one_hangs, timeout_s=3.0)
+    assert time.monotonic() - begun_s < 15
     with pytest.raises(ProcessLookupError):
         os.kill(int((tmp_path / "1").read_text()), 0)
 

@@ -92,17 +92,20 @@ class Decoder:
             proposal = self._drafter.propose()
             anchor_B1 = torch.tensor([text.ids[-1:] for text in texts], device=device)
             ids_BN = torch.cat([anchor_B1, proposal.ids_BK], 1)
-            block = session.forward(ids_BN, proposal.tree)
+            block = session.forward(ids_BN.clamp_min(0), proposal.tree)
             verdict = self._verdict(session.logits(block.last_BNH), proposal, ids_BN)
-            ids, paths, following = ids_BN.tolist(), list[list[int]]([[]] * len(texts)), list[list[int]]([[]] * len(texts))
+            paths, following = list[list[int]]([[]] * len(texts)), list[list[int]]([[]] * len(texts))
             for row in going:
-                paths[row] = verdict.paths[row]
-                following[row] = [*(ids[row][node] for node in paths[row][1:]), verdict.next_ids[row]]
-                kept = self._commit(texts[row], limits[row], following[row])
-                texts[row].accepted.append(min(len(paths[row]) - 1, len(kept)))
+                tokens = [*verdict.accepted_ids[row], verdict.next_ids[row]]
+                kept = self._commit(texts[row], limits[row], tokens)
+                texts[row].accepted.append(min(len(tokens) - 1, len(kept)))
                 texts[row].committed.append(len(kept))
+                if len(kept) == len(tokens):
+                    paths[row], following[row] = verdict.paths[row], tokens
                 if watch is not None:
                     watch(row, kept, texts[row].accepted[-1])
+            if not any(paths):
+                continue
             session.keep(paths)
             node_BM = _padded(paths, device)
             aux_BMF = block.aux_BNF[torch.arange(len(paths), device=device)[:, None], node_BM]

@@ -5,13 +5,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tests.tiny import AUX, make_method, make_samples, make_store, make_target
 
 from specforge.decode.eagle3 import Eagle3Drafter
 from specforge.decode.sampling import Sampling
 from specforge.features.batch import DraftBatch
 from specforge.features.store import SampleFeatures
 from specforge.features.target import Target
+from tests.tiny import AUX, make_method, make_samples, make_store, make_target
 
 OPTIONS = [
     {},

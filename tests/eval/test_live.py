@@ -1,0 +1,78 @@
+"""The acceptance length that the evaluator predicts from stored features is the one that decoding shows, to the last token."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from specforge.decode.drafter import NoDrafter
+from specforge.decode.eagle3 import Eagle3Drafter
+from specforge.decode.engine import Decoder
+from specforge.distributed import World
+from specforge.eval.evaluator import Evaluator
+from specforge.eval.live import decode_answers
+from specforge.features.batch import DraftBatch
+from specforge.features.store import LocalFeatureStore
+from specforge.features.target import Target
+from specforge.methods.eagle3 import Eagle3
+from tests.tiny import VOCAB, make_method, make_store, make_target
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_target(tmp_path_factory.mktemp("live") / "target")
+
+
+@pytest.fixture(scope="module")
+def store(path: Path) -> LocalFeatureStore:
+    """Conversations of one or two turns; every answer is the target's own, of 2 to 40 tokens."""
+    rng, target = np.random.default_rng(0), Target.load(path, "float32")
+    decoder, samples = Decoder(target, NoDrafter()), []
+    for number in range(16):
+        ids, mask = rng.integers(3, VOCAB, 3 + number % 5), np.zeros(3 + number % 5, dtype=bool)
+        for turn in range(1 + number % 2):
+            answer = decoder.decode([ids], 2 + (7 * number + 3 * turn) % 39)[0].ids
+            ids, mask = np.append(ids, answer), np.append(mask, np.ones(len(answer), dtype=bool))
+            if number % 2 and not turn:
+                ids, mask = np.append(ids, rng.integers(3, VOCAB, 4)), np.append(mask, np.zeros(4, dtype=bool))
+        samples.append(SimpleNamespace(id=f"s{number}", domain="", input_ids=ids.astype(np.int32), loss_mask=mask, truncated=False))
+    return make_store(path.parent / "store", path, samples)
+
+
+def trained(method: Eagle3, store: LocalFeatureStore) -> Eagle3:
+    batch = DraftBatch.read(store, range(len(store)))
+    plan, optimiser = method.plan(batch), torch.optim.AdamW(method.parameters(), lr=1e-2)
+    for _ in range(60):
+        optimiser.zero_grad()
+        (method(batch, plan).loss_sum / plan.weight).backward()
+        optimiser.step()
+    return method
+
+
+def adversarial(method: Eagle3, store: LocalFeatureStore) -> Eagle3:
+    """A trained draft whose least likely token comes first."""
+    trained(method, store)
+    assert method.draft.lm_head is not None
+    method.draft.lm_head.weight.data.neg_()
+    return method
+
+
+DRAFTS = {"trained": trained, "random": lambda method, store: method, "adversarial": adversarial}
+
+
+@pytest.mark.parametrize("draft_tokens", [1, 3, 5])
+@pytest.mark.parametrize("kind", DRAFTS)
+def test_walk_is_live(kind: str, draft_tokens: int, path: Path, store: LocalFeatureStore) -> None:
+    options = {"draft_tokens": draft_tokens, "draft_vocab_size": 50, "norm_output": draft_tokens == 3, "layers": 1 + draft_tokens // 5}
+    method = DRAFTS[kind](make_method(path, store, **options), store)
+    evaluator = Evaluator(store, World(), draft_tokens=draft_tokens, micro_batch_tokens=100, bootstrap=0)
+    numbers = evaluator.evaluate(method)
+    decoder = Decoder(Target.load(path, "float32"), Eagle3Drafter(method, draft_tokens))
+    live = decode_answers(decoder, store, range(len(store)), batch_rows=5)
+    assert all(answer.same for answer in live)
+    tokens, rounds = (sum(len(x) if f else sum(x) for x in [a.decoded.committed for a in live]) for f in (False, True))
+    assert numbers["eval/walk_acc_len"] == tokens / rounds
+    if kind == "trained" and draft_tokens > 1:
+        assert tokens / rounds > 1.5
