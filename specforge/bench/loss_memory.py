@@ -16,6 +16,7 @@ import torch
 
 from specforge.bench.synthetic import SHAPES, make_batch, make_method
 from specforge.features.batch import DraftBatch
+from specforge.layers.norm import normalise
 from specforge.methods.eagle3 import Eagle3, TTTPlan
 
 LARGE = replace(SHAPES["wide"], vocab=128_256, draft_vocab=32_000, documents=8, tokens=512, draft_tokens=3)
@@ -34,7 +35,7 @@ def measure_both() -> dict[str, float]:
 
 
 def chunked_loss(method: Eagle3, batch: DraftBatch, plan: TTTPlan, outputs: list[torch.Tensor]) -> torch.Tensor:
-    return method.loss(batch, plan, outputs).loss_sum
+    return method.loss(batch, plan, [normalise(output_RH, method.draft.config.rms_norm_eps) for output_RH in outputs]).loss_sum
 
 
 def naive_loss(method: Eagle3, batch: DraftBatch, plan: TTTPlan, outputs: list[torch.Tensor]) -> torch.Tensor:

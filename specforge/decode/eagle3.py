@@ -92,8 +92,9 @@ class Eagle3Drafter:
             if len(qkv) == 2:
                 embedded_RH = F.embedding(ids_BM.flatten(), self._embedding_VH).to(hidden.dtype)
                 embedded_RX = F.linear(normalise(embedded_RH, layer.eps), qkv[1])
-            q_RhD, kv_R2gD = layer.queries_keys_values(hidden, qkv[0], embedded_RX, angle_R1C)
-            cache_2BSgD[:, rows, slot_BM] = kv_R2gD.unflatten(0, shape[:2]).permute(2, 0, 1, 3, 4)
+            q_RhD, *kv_RgD = layer.queries_keys_values(normalise(hidden, layer.eps), qkv[0], embedded_RX, angle_R1C)
+            for cache_BSgD, new_RgD in zip(cache_2BSgD, kv_RgD, strict=True):
+                cache_BSgD[rows, slot_BM] = new_RgD.unflatten(0, shape[:2])
             k_BgSD, v_BgSD = cache_2BSgD[:, :, :slots].transpose(2, 3)
             mixed_BhMD = F.scaled_dot_product_attention(
                 q_RhD.unflatten(0, shape[:2]).transpose(1, 2), k_BgSD, v_BgSD, visible_BMS[:, None], scale=1.0, enable_gqa=True

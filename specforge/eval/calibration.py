@@ -17,9 +17,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
+import numpy as np
 import torch
 
 from specforge.distributed import World
+from specforge.eval.acceptance import answers, compare
 from specforge.models.calibration import EPSILON, Calibration
 
 BINS = 4096
@@ -45,6 +47,16 @@ class Chains:
     """Whether it is the target's arg-max; nowhere true beyond `exists_XK`."""
     exists_XK: torch.Tensor
     """Whether there is such a draft: true for the first columns of a row, then false."""
+
+    @classmethod
+    def of(cls, loss_mask_S: np.ndarray, argmax_S: np.ndarray, proposals_SK: np.ndarray, confidences_SK: torch.Tensor) -> Self:
+        """The chains of one sample; see `acceptance.count_sample`. A chain ends where nothing was proposed."""
+        rows = []
+        for first, last in answers(loss_mask_S):
+            exists_SK, right_SK = compare(proposals_SK, np.roll(argmax_S, 1), first, last)
+            exists_SK = np.logical_and.accumulate(exists_SK & (proposals_SK[first:last] >= 0), axis=1)
+            rows.append(cls(confidences_SK[first:last].double(), torch.from_numpy(right_SK & exists_SK), torch.from_numpy(exists_SK)))
+        return cls.join(rows, proposals_SK.shape[1])
 
     @classmethod
     def join(cls, parts: Sequence["Chains"], positions: int) -> Self:

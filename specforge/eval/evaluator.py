@@ -13,7 +13,7 @@ import torch
 from specforge.data.packing import pack
 from specforge.decode.ngram import proposals as ngram_proposals
 from specforge.distributed import World
-from specforge.eval.acceptance import GREEDY_MATCH_MINIMUM, Columns, acceptance, answers, compare, count_sample, walk
+from specforge.eval.acceptance import GREEDY_MATCH_MINIMUM, Columns, acceptance, count_sample, walk
 from specforge.eval.bootstrap import interval, poisson_weights
 from specforge.eval.calibration import Chains, fit, is_for_fit, measure
 from specforge.features.batch import DraftBatch
@@ -91,7 +91,8 @@ class Evaluator:
             tables = (torch.cat(rows)[:, : self._draft_tokens].cpu().split(lengths) for rows in (proposed, confidences))
             for sample, proposals_SK, confidences_SK in zip(samples, *tables, strict=True):
                 table[sample] = self._count(sample, proposals_SK.numpy())
-                chains[sample] = self._chains(sample, proposals_SK.numpy(), confidences_SK)
+                _, mask_S, argmax_S = (labels.numpy() for labels in self._store.labels(sample))
+                chains[sample] = Chains.of(mask_S, argmax_S, proposals_SK.numpy(), confidences_SK)
         loss_sum, weight = self._world.sum_(sums).tolist()
         return self._numbers(self._reduced(table), loss_sum / max(weight, 1e-9)), chains
 
@@ -106,16 +107,6 @@ class Evaluator:
             proposals_SK = np.full((len(ids_S), self._draft_tokens), -1, dtype=np.int64)
             proposals_SK[starts] = ngram_proposals(ids_S, starts, self._draft_tokens)
         return count_sample(ids_S, mask_S, argmax_S, proposals_SK)
-
-    def _chains(self, sample: int, proposals_SK: np.ndarray, confidences_SK: torch.Tensor) -> Chains:
-        """One row a start; a chain ends where nothing was proposed."""
-        _, mask_S, argmax_S = (labels.numpy() for labels in self._store.labels(sample))
-        rows = []
-        for first, last in answers(mask_S):
-            exists_SK, right_SK = compare(proposals_SK, np.roll(argmax_S, 1), first, last)
-            exists_SK = np.logical_and.accumulate(exists_SK & (proposals_SK[first:last] >= 0), axis=1)
-            rows.append(Chains(confidences_SK[first:last].double(), torch.from_numpy(right_SK & exists_SK), torch.from_numpy(exists_SK)))
-        return Chains.join(rows, self._draft_tokens)
 
     def _reduced(self, table: dict[int, np.ndarray]) -> np.ndarray:
         """Sums over all samples: row 0 of everything, then one row a domain, then one row a bootstrap replicate."""

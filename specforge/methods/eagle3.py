@@ -29,6 +29,7 @@ from specforge.errors import CheckpointError
 from specforge.features.batch import DraftBatch
 from specforge.features.source import FeatureStore
 from specforge.features.tables import TargetTables
+from specforge.layers.norm import normalise
 from specforge.layers.rows import take_rows, to_device
 from specforge.methods.base import Plan, StepOutput
 from specforge.methods.distillation import chunk_borders, default_chunk_rows, soft_cross_entropy
@@ -193,7 +194,7 @@ class Eagle3(nn.Module):
         return F.embedding(ids, self.embedding_VH).to(self.draft.fc.weight.dtype)
 
     def _hidden_states(self, batch: DraftBatch, plan: TTTPlan) -> list[torch.Tensor]:
-        """The draft's output [R, H] of every step, before the final norm."""
+        """The draft's output [R, H] of every step, normalised but not yet times the final norm's weight."""
         device, documents = batch.input_ids.device, batch.documents
         ids_T = batch.input_ids.long()
         fused_TH = self.draft.fuse(batch.aux)
@@ -210,19 +211,19 @@ class Eagle3(nn.Module):
                 rows = StepRows.of(documents, step.rows_R, angle_R1C, dtype, flex)
                 hidden, states = self.draft.first_step(fused_TH, self._embed(ids_T.roll(-1)), everywhere, rows)
             else:
-                rows = replace(rows, angle_R1C=angle_R1C)
+                rows, normed = replace(rows, angle_R1C=angle_R1C), outputs[-1]
                 if step.keep_R is not None:
                     rows, keep_R = StepRows.of(documents, step.rows_R, angle_R1C, dtype, flex), to_device(step.keep_R, device)
-                    hidden = take_rows(hidden, keep_R)
+                    hidden, normed = take_rows(hidden, keep_R), take_rows(normed, keep_R)
                     for state in states:
                         state.keep(keep_R)
                 # Rows that nobody asks any more may reach beyond the last token: they are fed the first ones.
-                hidden = self.draft.next_step(hidden, (rows.token_R + index) % documents.num_tokens, rows, states)
-            outputs.append(hidden)
+                hidden = self.draft.next_step(hidden, normed, (rows.token_R + index) % documents.num_tokens, rows, states)
+            outputs.append(normalise(hidden, self.draft.config.rms_norm_eps))
         return outputs
 
     def loss(self, batch: DraftBatch, plan: TTTPlan, outputs: list[torch.Tensor]) -> StepOutput:
-        """Loss, counts, proposals and their confidences from the outputs [R, H] of the steps."""
+        """Loss, counts, proposals and their confidences from the `normalise`d outputs [R, H] of the steps."""
         device, steps = batch.input_ids.device, plan.steps[: len(outputs)]
         start_N = np.concatenate([step.rows_R[step.supervised_S] for step in steps])
         step_N = np.repeat(np.arange(len(steps)), [len(step.supervised_S) for step in steps])
@@ -233,8 +234,8 @@ class Eagle3(nn.Module):
 
         first_row = np.cumsum([0, *(len(out) for out in outputs[:-1])])
         row_N = np.concatenate([first + step.supervised_S for first, step in zip(first_row, steps, strict=True)])[by_teacher]
-        # Step by step the norm stays in the cache of a CPU.
-        hidden_MH = torch.cat([self.draft.final_norm(output) for output in outputs])
+        # Step by step the product stays in the cache of a CPU.
+        hidden_MH = torch.cat([normed_RH * self.draft.norm.weight for normed_RH in outputs])
         teacher = self._teacher(batch, to_device(teacher_U, device))
         head_DH = self.teacher_head_DH if self.draft.lm_head is None else self.draft.lm_head.weight
         chunk_rows = self.options.loss_chunk_rows or default_chunk_rows(len(head_DH))

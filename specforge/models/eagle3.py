@@ -94,8 +94,8 @@ class LayerState:
         self.own_k_RhD = [take_rows(k, rows) for k in self.own_k_RhD]
         self.own_v_RhD = [take_rows(v, rows) for v in self.own_v_RhD]
 
-    def add(self, kv_R2gD: torch.Tensor, heads: int) -> None:
-        for own, part_RgD in zip((self.own_k_RhD, self.own_v_RhD), kv_R2gD.unbind(1), strict=True):
+    def add(self, k_RgD: torch.Tensor, v_RgD: torch.Tensor, heads: int) -> None:
+        for own, part_RgD in ((self.own_k_RhD, k_RgD), (self.own_v_RhD, v_RgD)):
             own.append(part_RgD[:, :, None].expand(-1, -1, heads // part_RgD.shape[1], -1).flatten(1, 2))
 
 
@@ -130,14 +130,13 @@ class Eagle3Layer(nn.Module):
         return torch.cat([self.gate_proj.weight, self.up_proj.weight]) * self.post_attention_layernorm.weight
 
     def queries_keys_values(
-        self, hidden_RH: torch.Tensor, qkv_XH: torch.Tensor, embedded_RX: torch.Tensor | None, angle_R1C: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """q [R, h, D], scaled, and k, v [R, 2, g, D]."""
-        x_RH = normalise(hidden_RH, self.eps)
-        qkv_RX = F.linear(x_RH, qkv_XH) if embedded_RX is None else embedded_RX.addmm(x_RH, qkv_XH.T)
+        self, normed_RH: torch.Tensor, qkv_XH: torch.Tensor, embedded_RX: torch.Tensor | None, angle_R1C: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """q [R, h, D], scaled, and k, v [R, g, D] of `normalise`d states."""
+        qkv_RX = F.linear(normed_RH, qkv_XH) if embedded_RX is None else embedded_RX.addmm(normed_RH, qkv_XH.T)
         qk_RhD, v_RgD = qkv_RX.unflatten(-1, (-1, self.head_dim)).split([self.heads + self.groups, self.groups], 1)
         q_RhD, k_RgD = rotate(qk_RhD, angle_R1C).split([self.heads, self.groups], 1)
-        return q_RhD, torch.stack([k_RgD, v_RgD], 1)
+        return q_RhD, k_RgD, v_RgD
 
     def after_attention(self, hidden_RH: torch.Tensor, mixed_RhD: torch.Tensor, gate_up_YH: torch.Tensor) -> torch.Tensor:
         """Output projection and feed-forward, each added to what went in."""
@@ -207,8 +206,9 @@ class Eagle3Draft(nn.Module):
         for depth, layer in enumerate(self.stack):
             qkv_XH, *embedding_XH = layer.qkv_weights()
             embedded_TX = F.linear(normalise(embedded_TH, layer.eps), embedding_XH[0]) if embedding_XH else None
-            q_RhD, prefix_T2gD = layer.queries_keys_values(hidden, qkv_XH, embedded_TX, everywhere.angle_R1C)
-            states.append(LayerState(qkv_XH, layer.gate_up_weight(), embedded_TX, prefix_T2gD))
+            normed_TH = normalise(hidden, layer.eps)
+            q_RhD, k_TgD, v_TgD = layer.queries_keys_values(normed_TH, qkv_XH, embedded_TX, everywhere.angle_R1C)
+            states.append(LayerState(qkv_XH, layer.gate_up_weight(), embedded_TX, torch.stack([k_TgD, v_TgD], 1)))
             if depth == len(self.layers) - 1:
                 q_RhD, hidden = take_rows(q_RhD, rows.token_R), take_rows(hidden, rows.token_R)
                 hidden = layer.mix(hidden, q_RhD, states[-1], rows)
@@ -216,15 +216,19 @@ class Eagle3Draft(nn.Module):
                 hidden = layer.mix(hidden, q_RhD, states[-1], everywhere)
         return hidden, states
 
-    def next_step(self, hidden_RH: torch.Tensor, fed_R: torch.Tensor, rows: StepRows, states: list[LayerState]) -> torch.Tensor:
-        """A later step: the rows' own outputs go in as features; each layer gains one key per row.
+    def next_step(
+        self, hidden_RH: torch.Tensor, normed_RH: torch.Tensor, fed_R: torch.Tensor, rows: StepRows, states: list[LayerState]
+    ) -> torch.Tensor:
+        """A later step: the rows' own outputs, plain and `normalise`d, go in as features; each layer gains one key per row.
 
         `fed_R` says which of the first step's embeddings each row is fed.
         """
-        hidden = self.final_norm(hidden_RH) if self.config.norm_output else hidden_RH
+        hidden = normed_RH * self.norm.weight if self.config.norm_output else hidden_RH
         for layer, state in zip(self.stack, states, strict=True):
             embedded_RX = None if state.embedded_TX is None else take_rows(state.embedded_TX, fed_R)
-            q_RhD, kv_R2gD = layer.queries_keys_values(hidden, state.qkv_XH, embedded_RX, rows.angle_R1C)
-            state.add(kv_R2gD, layer.heads)
+            if hidden is not hidden_RH:
+                normed_RH = normalise(hidden, layer.eps)
+            q_RhD, k_RgD, v_RgD = layer.queries_keys_values(normed_RH, state.qkv_XH, embedded_RX, rows.angle_R1C)
+            state.add(k_RgD, v_RgD, layer.heads)
             hidden = layer.mix(hidden, q_RhD, state, rows)
         return hidden

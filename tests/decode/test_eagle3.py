@@ -52,7 +52,7 @@ def test_drafts_come_from_the_logits_of_training(options: dict[str, object], tmp
         for step, (output, rows_R) in enumerate(zip(method._hidden_states(batch, plan), [s.rows_R for s in plan.steps], strict=True)):
             place = rows_R.tolist().index(len(text) - 2)
             head = method.teacher_head_DH if method.draft.lm_head is None else method.draft.lm_head.weight
-            expected = (method.draft.final_norm(output)[place] @ head.T).softmax(-1)
+            expected = (output[place] * method.draft.norm.weight @ head.T).softmax(-1)
             kept = torch.arange(len(method.draft.d2t)) + method.draft.d2t
             got = proposal.probabilities_BKV[row, step]
             torch.testing.assert_close(got[kept], expected.detach(), rtol=1e-5, atol=1e-6)

@@ -34,7 +34,7 @@ class ScriptedDrafter:
     def propose(self) -> Proposal:
         rows = [(text[known:] + [0] * self.draft_nodes)[: self.draft_nodes] for text, known in zip(self.texts, self.known, strict=True)]
         ids_BK = (torch.tensor(rows) + self.shift) % self.vocab
-        return Proposal(ids_BK, Tree.chain(*ids_BK.shape, ids_BK.device))
+        return Proposal(ids_BK, Tree.chain(len(ids_BK), self.draft_nodes, ids_BK.device))
 
 
 @pytest.fixture(scope="module", params=["float32", "float64"])

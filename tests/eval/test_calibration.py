@@ -85,14 +85,15 @@ def test_numbers_by_hand() -> None:
 
 
 def test_ece_groups_hold_equally_many_events() -> None:
-    """Without ties and sorted, a group is a fifteenth of the events."""
-    chains = chains_of(0, 30_000, spread=3.0)
-    order = chains.probability_XK[:, 0].argsort()
-    probability, right = chains.probability_XK[order, 0], chains.right_XK[order, 0] & (torch.arange(30_000) % 3 > 0)
+    """Confidence is too high in every second fifteenth of the events and too low in the others; any other grouping mixes the two."""
+    generator = torch.Generator().manual_seed(0)
+    probability = torch.sigmoid(2 * torch.randn(30_000, generator=generator, dtype=torch.float64)).sort().values
+    error = 0.2 * (-1.0) ** torch.arange(15).repeat_interleave(2000)
+    right = torch.rand(30_000, generator=generator, dtype=torch.float64) < probability + error
     parts = zip(probability.chunk(15), right.double().chunk(15), strict=True)
     slow = sum(float((p.sum() - y.sum()).abs()) for p, y in parts) / len(right)
-    assert slow > 0.1
-    assert float(expected_calibration_error(histogram(probability, right))) == pytest.approx(slow, rel=0.01)
+    assert slow > 0.15
+    assert float(expected_calibration_error(histogram(probability, right))) == pytest.approx(slow, rel=0.05)
 
 
 def test_parts_add_up() -> None:
@@ -165,10 +166,10 @@ def test_platt_recovers_a_known_distortion() -> None:
 def test_temperatures_recover_a_known_distortion() -> None:
     """The grid is 2 % fine, and the ECE is flat near its minimum."""
     scale = (0.5, 1.7, 1.0)
-    calibration = fit_temperatures(chains_of(3, 100_000, scale), World())
+    calibration = fit_temperatures(chains_of(3, 40_000, scale), World())
     assert calibration.scale == pytest.approx(scale, rel=0.1)
     assert calibration.bias == (0, 0, 0)
-    held = chains_of(4, 100_000, scale)
+    held = chains_of(4, 40_000, scale)
     numbers = measure({"raw": held, "temperature": held.scaled(calibration)}, World())
     assert numbers["temperature/ece"] < numbers["raw/ece"] / 3
     assert numbers["temperature/pcoc"] == pytest.approx(1, abs=0.02)
@@ -188,6 +189,22 @@ def test_scales_stay_above_zero() -> None:
     assert all(calibration == Calibration((1.0, 1.0), (0.0, 0.0)) for calibration in fit(nothing, World()).values())
 
 
+def fitted(world: World, whole: Chains, cuts: list[int]) -> dict[str, Calibration]:
+    mine = slice(cuts[world.rank], cuts[world.rank + 1])
+    return fit(Chains(whole.probability_XK[mine], whole.right_XK[mine], whole.exists_XK[mine]), world)
+
+
+@pytest.mark.parametrize("cuts", [[0, 4000, 6000], [0, 4000, 4000, 6000]], ids=str)
+def test_ranks_fit_what_one_rank_fits(cuts: list[int]) -> None:
+    """The starts of the first rank and those of the last are distorted in opposite ways; the rank between them has none."""
+    whole = Chains.join([chains_of(5, 4000, scale=(0.5,) * K), chains_of(6, 2000, scale=(2.0,) * K, bias=(1.0,) * K)], K)
+    expected = fit(whole, World())
+    for got in run_ranks(fitted, whole, cuts, world=len(cuts) - 1):
+        for name, calibration in expected.items():
+            assert got[name].scale == pytest.approx(calibration.scale, rel=1e-9)
+            assert got[name].bias == pytest.approx(calibration.bias, abs=1e-9)
+
+
 def calibrated(world: World, target_path: Path, folder: Path) -> tuple[dict[str, object], dict[str, Calibration]]:
     store = LocalFeatureStore(folder)
     evaluator = Evaluator(store, world, draft_tokens=K, micro_batch_tokens=60, bootstrap=0)
@@ -201,16 +218,14 @@ def store(tmp_path_factory: pytest.TempPathFactory, target_path: Path) -> LocalF
 
 
 def test_ranks_change_no_scaling(target_path: Path, store: LocalFeatureStore) -> None:
-    """Three ranks of eight samples, in which rank 1 may have nothing to fit."""
     numbers, scalings = calibrated(World(), target_path, store.folder)
-    for size in (2, 3):
-        for got, found in run_ranks(calibrated, target_path, store.folder, world=size):
-            assert got.keys() == numbers.keys()
-            for name, value in numbers.items():
-                assert got[name] == pytest.approx(value, rel=1e-6, abs=1e-9, nan_ok=True), name
-            for name, calibration in scalings.items():
-                assert found[name].scale == pytest.approx(calibration.scale, rel=1e-4)
-                assert found[name].bias == pytest.approx(calibration.bias, abs=1e-4)
+    for got, found in run_ranks(calibrated, target_path, store.folder, world=2):
+        assert got.keys() == numbers.keys()
+        for name, value in numbers.items():
+            assert got[name] == pytest.approx(value, rel=1e-6, abs=1e-9, nan_ok=True), name
+        for name, calibration in scalings.items():
+            assert found[name].scale == pytest.approx(calibration.scale, rel=1e-4)
+            assert found[name].bias == pytest.approx(calibration.bias, abs=1e-4)
 
 
 def slow_confidences(method: Eagle3, store: LocalFeatureStore, number: int) -> dict[tuple[int, int], float]:
@@ -220,7 +235,7 @@ def slow_confidences(method: Eagle3, store: LocalFeatureStore, number: int) -> d
     head = method.teacher_head_DH if method.draft.lm_head is None else method.draft.lm_head.weight
     found = {}
     for k, (step, hidden) in enumerate(zip(plan.steps, method._hidden_states(batch, plan), strict=False)):
-        logits = method.draft.final_norm(hidden) @ head.T
+        logits = hidden * method.draft.norm.weight @ head.T
         ids = logits.argmax(-1)
         for row in step.supervised_S:
             found[int(step.rows_R[row]) + 1, k] = float(logits[row].double().exp()[ids[row]] / logits[row].double().exp().sum())
