@@ -14,9 +14,11 @@ from specforge import files
 from specforge.cli.inputs import LazyTarget, Paths, eval_store, feature_meta, prepare_features, read_tables
 from specforge.config import RunConfig, dump_config, to_dict
 from specforge.config.methods import registered
+from specforge.decode.engine import Decoder
 from specforge.distributed import World, randomness
 from specforge.errors import CheckpointError, ConfigError
 from specforge.eval.evaluator import Evaluator, why_no_walk
+from specforge.eval.live import decode_answers, live_numbers
 from specforge.features.loader import FeatureDataLoader
 from specforge.features.store import LocalFeatureStore
 from specforge.features.target import Target
@@ -191,17 +193,19 @@ def _write_config(folder: Path, config: RunConfig) -> None:
     files.write_text(path, text)
 
 
-def evaluate_checkpoint(config: RunConfig, path: Path, world: World, *, calibrate: bool = False) -> dict[str, Any]:
+def evaluate_checkpoint(config: RunConfig, path: Path, world: World, *, calibrate: bool = False, live: int = 0) -> dict[str, Any]:
     """`eval/*` numbers of a checkpoint; the target is loaded only if its features are not in the cache.
 
     Args:
         calibrate: store the scalings of the draft's confidence in its folder.
+        live: decode the answers of so many samples too, greedily, and set the walk over the same samples beside it.
     """
     checkpoint = world.on_main(lambda: resolve(path))
     tables = read_tables(config)
     meta = feature_meta(config, tables, world)
     asked_s = time.perf_counter()
-    store = eval_store(config, meta, LazyTarget(config, world), world)
+    target = LazyTarget(config, world)
+    store = eval_store(config, meta, target, world)
     cache_s = time.perf_counter() - asked_s
     _check_contract(config, read_state(checkpoint, world), checkpoint, weights_only=True)
     method = registered(config.method.name).load().read(config.method.options, tables, checkpoint.path / "draft")
@@ -210,11 +214,28 @@ def evaluate_checkpoint(config: RunConfig, path: Path, world: World, *, calibrat
     evaluator = build_evaluator(config, store, method.draft_tokens, world)
     with backend.whole():
         numbers, calibrations = evaluator.calibrate(method, backend)
+        if live:
+            numbers |= _live(config, method, backend, store, target(), min(live, len(store)), world)
     if calibrate:
         world.on_main(lambda: write_calibrations(checkpoint.path / "draft", calibrations))
     if world.is_main and (reason := why_no_walk(numbers)):
         print(reason, file=sys.stderr)
     return {**numbers, "target_loads": Target.loads, "target_forwards": Target.forwards, "cache_s": round(cache_s, 3)}
+
+
+def _live(
+    config: RunConfig, method: Any, backend: FSDPTrainingBackend, store: LocalFeatureStore, target: Target, samples: int, world: World
+) -> dict[str, Any]:
+    """`eval/live/*`: what greedy decoding of the first samples shows, and the walk that predicts it."""
+    draft_tokens = config.eval.draft_tokens or method.draft_tokens
+    drafter = registered(config.method.name).load_drafter()(method, draft_tokens)
+    answers = decode_answers(Decoder(target, drafter), store, range(world.rank, samples, world.size))
+    evaluator = Evaluator(
+        store, world, draft_tokens=draft_tokens, micro_batch_tokens=config.train.micro_batch_tokens, max_samples=samples, bootstrap=0
+    )
+    predicted = evaluator.evaluate(method, backend).get("eval/walk_acc_len")
+    numbers = {"samples": samples, "predicted_tokens_per_round": predicted, **live_numbers(answers, draft_tokens, world)}
+    return {f"eval/live/{name}": value for name, value in numbers.items()}
 
 
 def report(controller: TrainerController, state: TrainState) -> None:

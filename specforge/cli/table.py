@@ -42,6 +42,18 @@ def calibration_table(numbers: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def live_table(numbers: Mapping[str, Any]) -> str:
+    """The walk beside what decoding shows, on the same samples."""
+    live = {name.removeprefix("eval/live/"): value for name, value in numbers.items() if name.startswith("eval/live/")}
+    predicted = live["predicted_tokens_per_round"]
+    walk = "-" if predicted is None else f"{predicted:.6f}"
+    return (
+        f"\ntokens per round over {live['answers']} answers of {live['samples']} samples (greedy chain of {numbers['eval/draft_tokens']}): "
+        f"predicted {walk}, decoded {live['tokens_per_round']:.6f} ({live['tokens']} tokens in {live['rounds']} rounds); "
+        f"{live['same_answers']} answers said again"
+    )
+
+
 def _row(label: str, numbers: Mapping[str, Any], draft: str, ngram: str) -> str:
     return f"{label:<24}" + "".join(
         f"{numbers[name]:>{width}.3f}" if name in numbers else f"{'-':>{width}}" for name, width in ((draft, 8), (ngram, 9))

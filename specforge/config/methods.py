@@ -55,14 +55,23 @@ class Registered:
     options: type[Any]
     implementation: str
     """`module:class`, imported when a method of this name is built."""
+    drafter: str
+    """`module:class` of what decodes with it."""
 
     def load(self) -> Any:
-        module, name = self.implementation.split(":")
-        return getattr(importlib.import_module(module), name)
+        return _imported(self.implementation)
+
+    def load_drafter(self) -> Any:
+        return _imported(self.drafter)
+
+
+def _imported(path: str) -> Any:
+    module, name = path.split(":")
+    return getattr(importlib.import_module(module), name)
 
 
 METHODS: dict[str, Registered] = {
-    "eagle3": Registered(Eagle3Options, "specforge.methods.eagle3:Eagle3"),
+    "eagle3": Registered(Eagle3Options, "specforge.methods.eagle3:Eagle3", "specforge.decode.eagle3:Eagle3Drafter"),
 }
 
 

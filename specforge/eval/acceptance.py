@@ -43,20 +43,21 @@ class Columns:
         return 3 * self.draft_tokens + 1
 
     @property
-    def walk_rounds(self) -> int:
+    def matches(self) -> int:
         return 3 * self.draft_tokens + 2
 
     @property
-    def matches(self) -> int:
+    def supervised(self) -> int:
         return 3 * self.draft_tokens + 3
 
     @property
-    def supervised(self) -> int:
-        return 3 * self.draft_tokens + 4
+    def walk_rounds(self) -> slice:
+        """Of chains of 1, 2, ... K drafts."""
+        return slice(3 * self.draft_tokens + 4, self.width)
 
     @property
     def width(self) -> int:
-        return 3 * self.draft_tokens + 5
+        return 4 * self.draft_tokens + 4
 
 
 def answers(loss_mask_S: np.ndarray) -> list[tuple[int, int]]:
@@ -91,19 +92,29 @@ def count_sample(ids_S: np.ndarray, loss_mask_S: np.ndarray, argmax_S: np.ndarra
         counts[columns.joint] += np.logical_and.accumulate(right_SK, axis=1).sum(0)
         counts[columns.starts] += last - first
         accepted_S = np.logical_and.accumulate(compare(proposals_SK, ids_S, first, last)[1], axis=1).sum(1)
-        at = first
-        while at < last:
-            accepted = min(int(accepted_S[at - first]), last - at)
-            counts[columns.walk_tokens] += min(accepted + 1, last - at)
-            counts[columns.walk_rounds] += 1
-            at += accepted + 1
+        counts[columns.walk_tokens] += last - first  # every token but the first, which is the prefill's, comes in a round
+        counts[columns.walk_rounds] += [_rounds(np.minimum(accepted_S, length)) for length in range(1, columns.draft_tokens + 1)]
     return counts
 
 
-def walk(counts: np.ndarray, columns: Columns) -> np.ndarray:
-    """Tokens per round of summed counts [..., width]; NaN where there was no round."""
-    tokens, rounds = counts[..., columns.walk_tokens], counts[..., columns.walk_rounds]
+def _rounds(accepted_S: np.ndarray) -> int:
+    """Rounds from the first start to behind the last one, when each goes on behind its accepted drafts and one more token."""
+    after = (np.arange(1, len(accepted_S) + 1) + accepted_S).tolist()
+    rounds, at = 0, 0
+    while at < len(after):
+        rounds, at = rounds + 1, after[at]
+    return rounds
+
+
+def walks(counts: np.ndarray, columns: Columns) -> np.ndarray:
+    """Tokens per round of summed counts [..., width], for chains of 1, 2, ... K drafts: [..., K]; NaN where there was no round."""
+    tokens, rounds = counts[..., columns.walk_tokens, None], counts[..., columns.walk_rounds]
     return np.divide(tokens, rounds, out=np.full(np.shape(rounds), np.nan), where=rounds > 0)
+
+
+def walk(counts: np.ndarray, columns: Columns) -> np.ndarray:
+    """`walks` of the whole chain: [...]."""
+    return walks(counts, columns)[..., -1]
 
 
 def greedy_match(counts: np.ndarray, columns: Columns) -> float:
@@ -124,6 +135,7 @@ def acceptance(counts: np.ndarray, columns: Columns) -> dict[str, Any]:
         "acc_len": float(1 + survival_K.sum()),
         "greedy_match": greedy_match(counts, columns),
     }
-    if numbers["greedy_match"] >= GREEDY_MATCH_MINIMUM and counts[columns.walk_rounds] > 0:
+    if numbers["greedy_match"] >= GREEDY_MATCH_MINIMUM and counts[columns.walk_tokens] > 0:
         numbers["walk_acc_len"] = float(walk(counts, columns))
+        numbers["walk_acc_len_by_draft_tokens"] = walks(counts, columns).tolist()
     return numbers

@@ -18,6 +18,7 @@ def test_counts_by_hand() -> None:
     right: s=2: (1, 1)  s=3: (1, 0)  s=4: (0, 1)  s=5: (1, -)
     correct = (3, 2), exist = (4, 3), joint = (3, 1).
     Walk: s=2 accepts 2, takes 3 tokens, goes to 5; s=5 accepts 1, takes min(2, 6-5) = 1 token: 4 tokens in 2 rounds.
+    With the first draft alone: s=2 accepts 1, goes to 4; s=4 accepts none, goes to 5; s=5 ends it: 3 rounds.
     """
     ids = np.array([9, 9, 10, 11, 12, 13, 14])
     mask = np.array([0, 0, 1, 1, 1, 1, 1], dtype=bool)
@@ -29,12 +30,13 @@ def test_counts_by_hand() -> None:
     assert counts[columns.exist].tolist() == [4, 3]
     assert counts[columns.joint].tolist() == [3, 1]
     assert counts[columns.starts] == 4
-    assert (counts[columns.walk_tokens], counts[columns.walk_rounds]) == (4, 2)
+    assert (counts[columns.walk_tokens], counts[columns.walk_rounds].tolist()) == (4, [3, 2])
     assert (counts[columns.matches], counts[columns.supervised]) == (5, 5)
     numbers = acceptance(counts, columns)
     assert numbers["simulated_acc_len"] == pytest.approx(3 / 4 + 3 / 4 * 2 / 3)
     assert numbers["acc_len"] == pytest.approx(1 + 3 / 4 + 1 / 4)
     assert numbers["walk_acc_len"] == 2.0
+    assert numbers["walk_acc_len_by_draft_tokens"] == [4 / 3, 2.0]
 
 
 def test_an_oracle_reaches_the_longest_walk_and_a_mute_draft_walks_one_by_one() -> None:
@@ -44,9 +46,9 @@ def test_an_oracle_reaches_the_longest_walk_and_a_mute_draft_walks_one_by_one() 
     columns = Columns(3)
     oracle = np.stack([np.append(ids[k:], [0] * k) for k in (1, 2, 3)], 1)
     counts = count_sample(ids, mask, argmax, oracle)
-    assert (counts[columns.walk_tokens], counts[columns.walk_rounds]) == (30, 8)
+    assert (counts[columns.walk_tokens], counts[columns.walk_rounds].tolist()) == (30, [15, 10, 8])
     mute = count_sample(ids, mask, argmax, np.full((40, 3), -1))
-    assert (mute[columns.walk_tokens], mute[columns.walk_rounds]) == (30, 30)
+    assert (mute[columns.walk_tokens], mute[columns.walk_rounds].tolist()) == (30, [30] * 3)
 
 
 def decoded(ids: np.ndarray, first: int, last: int, proposals: np.ndarray) -> tuple[int, int]:
@@ -73,13 +75,13 @@ def test_walk_equals_a_decoder_on_random_drafts() -> None:
         proposals = np.stack([rng.integers(0, 3, tokens) for _ in range(drafts)], 1)
         counts = count_sample(ids, mask, argmax, proposals)
         columns = Columns(drafts)
-        expected = [np.array([0, 0])]
-        for first, last in answers(mask):
-            rows = proposals.copy()
-            rows[start > last] = -1
-            got = decoded(ids, first, last, rows)
-            expected.append(np.array(got))
-        assert (counts[columns.walk_tokens], counts[columns.walk_rounds]) == tuple(np.sum(expected, 0))
+        for length in range(1, drafts + 1):
+            expected = [np.array([0, 0])]
+            for first, last in answers(mask):
+                rows = proposals[:, :length].copy()
+                rows[start > last] = -1
+                expected.append(np.array(decoded(ids, first, last, rows)))
+            assert (counts[columns.walk_tokens], counts[columns.walk_rounds][length - 1]) == tuple(np.sum(expected, 0))
 
 
 def test_walk_is_left_out_where_the_text_is_not_the_targets() -> None:
