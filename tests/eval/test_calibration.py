@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from specforge.config.schema import TrainConfig
 from specforge.distributed import World
 from specforge.errors import CheckpointError
 from specforge.eval.acceptance import answers
@@ -27,8 +28,13 @@ from specforge.eval.calibration import (
 from specforge.eval.evaluator import Evaluator
 from specforge.features.batch import DraftBatch
 from specforge.features.store import LocalFeatureStore
+from specforge.features.tables import TargetTables
 from specforge.methods.eagle3 import Eagle3
 from specforge.models.calibration import FILE, Calibration, write_calibrations
+from specforge.training.backend import FSDPTrainingBackend
+from specforge.training.checkpoint import CheckpointManager
+from specforge.training.run_folder import resolve
+from specforge.training.state import TrainState
 from tests.hostile.harness import outcomes, wrong
 from tests.hostile.variants import damaged, json_fields, json_texts, replaced
 from tests.ranks import run_ranks
@@ -314,6 +320,21 @@ def test_a_calibration_that_does_not_fit_is_refused(tmp_path: Path) -> None:
         (tmp_path / "other" / FILE).write_text(json.dumps(stored))
         with pytest.raises(CheckpointError, match=r"calibration\.json: platt"):
             Calibration.read(tmp_path / "other", 3)
+
+
+def test_a_calibrated_checkpoint_still_verifies_resumes_and_rotates(target_path: Path, store: LocalFeatureStore, tmp_path: Path) -> None:
+    backend = FSDPTrainingBackend(make_method(target_path, store), TrainConfig(), World())
+    manager = CheckpointManager(tmp_path / "run", World(), keep=1)
+    manager.claim()
+    for step in (1, 2):
+        manager.save(TrainState("r", step, step), backend, backend.method.config_dict(), {})
+        manager.wait()
+        checkpoint = resolve(tmp_path / "run" / "latest")
+        write_calibrations(checkpoint.path / "draft", PLATT)
+        assert manager.load(checkpoint, backend)[0].step == step
+        assert Eagle3.read(backend.method.options, TargetTables.read(target_path), checkpoint.path / "draft").draft_tokens == K
+        assert [path.name for path in sorted((tmp_path / "run").glob("**/calibration.json"))] == [FILE], "the older one went with its draft"
+    manager.release()
 
 
 def test_hostile_calibrations(tmp_path: Path) -> None:
