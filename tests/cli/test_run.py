@@ -15,6 +15,7 @@ from specforge.config import RunConfig, load_config
 from specforge.distributed import World
 from specforge.features.target import Target
 from specforge.log.run_log import read_metrics
+from specforge.models.calibration import Calibration
 from specforge.training.run_folder import find_checkpoints, resolve
 from tests.ranks import run_ranks
 from tests.texts import make_text_target, write_rows
@@ -231,7 +232,9 @@ def test_the_last_line_of_eval_is_json(prepared: tuple[Path, list[str]], tmp_pat
     run = tmp_path / "run"
     assert main(["train", str(folder / "c.yaml"), *settings, f"output_dir={run}", "train.steps=1"]) == 0
     capsys.readouterr()
-    assert main(["eval", str(run / "config.yaml"), "--checkpoint", str(run / "best")]) == 0
+    assert main(["eval", str(run / "config.yaml"), "--checkpoint", str(run / "best"), "--calibrate"]) == 0
     numbers = json.loads(capsys.readouterr().out.splitlines()[-1])
+    calibration = Calibration.read(run / "best" / "draft", numbers["eval/draft_tokens"])
+    assert len(calibration.scale) == len(numbers["eval/calibration/platt/per_position_ece"]) == numbers["eval/draft_tokens"]
     assert numbers["target_loads"] == 0 or Target.loads > 0
     assert numbers["eval/samples"] == 6
