@@ -16,6 +16,7 @@ COMMANDS = {
     "prepare": "tokenise, show, regenerate answers with the target, capture its features",
     "produce": "make features for a training that reads them while it runs (features.source=shared)",
     "eval": "measure a checkpoint on held-out answers",
+    "generate": "decode prompts with a draft and with the target alone, and compare",
     "doctor": "say what this machine and a configuration lack for training",
     "bench": "speed and memory of a training step, as ratios within one run",
     "demo": "the whole story in minutes: embedded target, train, kill, resume, measure",

@@ -136,7 +136,8 @@ def build_controller(config: RunConfig, world: World) -> TrainerController:
         undo.pop_all()
     return TrainerController(
         config=config.train, total_steps=total_steps, method=method, backend=backend, data=data, checkpoints=checkpoints, log=log,
-        world=world, state=state, settings=contract(config), evaluate=lambda: evaluator.evaluate(method, backend),
+        world=world, state=state, settings=contract(config) | {"target_fingerprint": heldout.meta.target_fingerprint},
+        evaluate=lambda: evaluator.evaluate(method, backend),
     )  # fmt: skip
 
 
@@ -169,7 +170,8 @@ def horizon(config: RunConfig, num_samples: int, state: TrainState) -> tuple[int
 
 
 def _check_contract(config: RunConfig, stored: dict[str, Any], checkpoint: Checkpoint, *, weights_only: bool) -> None:
-    now, then = contract(config), stored["settings"]
+    now = contract(config)
+    then = {key: value for key, value in stored["settings"].items() if key in now}
     if now["method"]["name"] != then["method"]["name"]:
         raise CheckpointError(
             f"{checkpoint.path}: was trained by method {then['method']['name']!r}, this run uses {now['method']['name']!r}; "
