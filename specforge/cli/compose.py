@@ -4,6 +4,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,13 @@ from specforge import files
 from specforge.cli.inputs import LazyTarget, Paths, eval_store, feature_meta, prepare_features, read_tables
 from specforge.config import RunConfig, dump_config, to_dict
 from specforge.config.methods import registered
+from specforge.decode.eagle3_tree import Eagle3TreeDrafter, TreeShape
 from specforge.decode.engine import Decoder
 from specforge.distributed import World, randomness
 from specforge.errors import CheckpointError, ConfigError
 from specforge.eval.evaluator import Evaluator, why_no_walk
 from specforge.eval.live import decode_answers, live_numbers
+from specforge.eval.simulate import simulate
 from specforge.features.loader import FeatureDataLoader
 from specforge.features.store import LocalFeatureStore
 from specforge.features.target import Target
@@ -195,12 +198,15 @@ def _write_config(folder: Path, config: RunConfig) -> None:
     files.write_text(path, text)
 
 
-def evaluate_checkpoint(config: RunConfig, path: Path, world: World, *, calibrate: bool = False, live: int = 0) -> dict[str, Any]:
+def evaluate_checkpoint(
+    config: RunConfig, path: Path, world: World, *, calibrate: bool = False, live: int = 0, trees: Sequence[str] = ()
+) -> dict[str, Any]:
     """`eval/*` numbers of a checkpoint; the target is loaded only if its features are not in the cache.
 
     Args:
         calibrate: store the scalings of the draft's confidence in its folder.
         live: decode the answers of so many samples too, greedily, and set the walk over the same samples beside it.
+        trees: shapes (`TreeShape.parse`) whose tokens per round to find from the stored features.
     """
     checkpoint = world.on_main(lambda: resolve(path))
     tables = read_tables(config)
@@ -218,6 +224,7 @@ def evaluate_checkpoint(config: RunConfig, path: Path, world: World, *, calibrat
         numbers, calibrations = evaluator.calibrate(method, backend)
         if live:
             numbers |= _live(config, method, backend, store, target(), min(live, len(store)), world)
+        numbers |= _simulated(config, method, trees, store, world)
     if calibrate:
         world.on_main(lambda: write_calibrations(checkpoint.path / "draft", calibrations))
     if world.is_main and (reason := why_no_walk(numbers)):
@@ -238,6 +245,24 @@ def _live(
     predicted = evaluator.evaluate(method, backend).get("eval/walk_acc_len")
     numbers = {"samples": samples, "predicted_tokens_per_round": predicted, **live_numbers(answers, draft_tokens, world)}
     return {f"eval/live/{name}": value for name, value in numbers.items()}
+
+
+def _simulated(config: RunConfig, method: Any, trees: Sequence[str], store: LocalFeatureStore, world: World) -> dict[str, Any]:
+    """`eval/trees`: tokens per round of each shape along the stored answers."""
+    if not trees:
+        return {}
+    if config.method.name != "eagle3":
+        raise ConfigError(f"--simulate: method {config.method.name!r} drafts no trees; leave it out.")
+    samples = min(config.eval.max_samples or len(store), len(store))
+    found = {}
+    for tree in trees:
+        shape = TreeShape.parse(tree)
+        texts = simulate(Eagle3TreeDrafter(method, shape), store, range(world.rank, samples, world.size), world.device)
+        committed = [tokens for text in texts for tokens in text.committed]
+        sums = torch.tensor([sum(committed), len(committed)], device=world.device)
+        tokens, rounds = world.sum_(sums.double()).tolist()
+        found[tree] = tokens / max(rounds, 1)
+    return {"eval/trees": found}
 
 
 def report(controller: TrainerController, state: TrainState) -> None:

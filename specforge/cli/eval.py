@@ -18,22 +18,30 @@ def run(words: Sequence[str]) -> int:
     parser.add_argument("--checkpoint", required=True, help="RUN/best, RUN/latest or a step folder")
     parser.add_argument("--calibrate", action="store_true", help="store what scales the draft's confidence beside its weights")
     parser.add_argument("--live", type=int, default=0, metavar="N", help="decode the answers of N samples and compare with the walk")
+    parser.add_argument(
+        "--simulate", nargs="+", default=(), metavar="DEPTHxTOP_KxNODES", help="tokens per round of draft trees, without running the target"
+    )
     given = parser.parse_args(words)
     config = load_config(given.config, given.overrides)
 
     from specforge.cli.compose import evaluate_checkpoint, set_threads
-    from specforge.cli.table import acceptance_table, calibration_table, live_table
+    from specforge.cli.table import acceptance_table, calibration_table, chain_table, live_table
     from specforge.distributed import World
 
     world = World.join()
     set_threads(world)
     try:
-        numbers = evaluate_checkpoint(config, Path(given.checkpoint), world, calibrate=given.calibrate, live=given.live)
+        numbers = evaluate_checkpoint(
+            config, Path(given.checkpoint), world, calibrate=given.calibrate, live=given.live, trees=given.simulate
+        )
     finally:
         world.leave()
     if world.is_main:
         print(acceptance_table(numbers))
+        print(chain_table(numbers))
         print(calibration_table(numbers))
+        for tree, length in numbers.get("eval/trees", {}).items():
+            print(f"tree of depth x top-k x nodes {tree:<12}{length:>8.3f} tokens per round")
         if given.live:
             print(live_table(numbers))
         print(json.dumps(numbers))

@@ -20,10 +20,16 @@ def acceptance_table(numbers: Mapping[str, Any]) -> str:
         lines.append(f"  95 % interval: draft {draft}, n-gram {ngram}")
     lines.append(_row("acc_len", numbers, "eval/acc_len", "eval/ngram_acc_len"))
     lines.append(_row("simulated_acc_len", numbers, "eval/simulated_acc_len", ""))
-    domains = sorted({name.split("/")[1] for name in numbers if name.count("/") == 2})
+    domains = sorted({name.split("/")[1] for name in numbers if name.count("/") == 2 and name.endswith("/acc_len")})
     lines += [_row(f"walk, {domain}", numbers, f"eval/{domain}/walk_acc_len", f"eval/{domain}/ngram_walk_acc_len") for domain in domains]
     lines.append(f"greedy match {numbers['eval/greedy_match']:.4f}, loss {numbers['eval/avg_loss']:.3f} nats a token")
     return "\n".join(lines)
+
+
+def chain_table(numbers: Mapping[str, Any]) -> str:
+    """Tokens per round of every chain length."""
+    lengths = numbers.get("eval/walk_acc_len_by_draft_tokens", [])
+    return "tokens per round by drafts of a chain: " + ", ".join(f"{k}: {length:.3f}" for k, length in enumerate(lengths, 1))
 
 
 def calibration_table(numbers: Mapping[str, Any]) -> str:

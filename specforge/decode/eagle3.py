@@ -1,4 +1,4 @@
-"""Drafting with EAGLE-3: its layers on cached keys, a chain or a tree of drafts from the last committed row.
+"""Drafting a chain with EAGLE-3: its layers on cached keys, from the last committed row on.
 
 The key of a draft lies behind the committed rows' and is overwritten by the next committed one, so nothing is rolled back.
 
@@ -30,7 +30,8 @@ class Eagle3Drafter:
     def __init__(
         self, method: Eagle3, draft_tokens: int, sampling: Sampling | None = None, generator: torch.Generator | None = None
     ) -> None:
-        self.draft_nodes, self._sampling, self._generator = draft_tokens, sampling, generator
+        self.draft_nodes = self._spare_slots = draft_tokens
+        self._sampling, self._generator = sampling, generator
         self._draft = method.draft
         self.layer_ids = method.draft.config.aux_layer_ids
         head_DH = method.teacher_head_DH if method.draft.lm_head is None else method.draft.lm_head.weight
@@ -42,7 +43,7 @@ class Eagle3Drafter:
 
     def begin(self, prompts: Sequence[np.ndarray], capacity_tokens: int) -> None:
         config, weight, rows = self._draft.config, self._draft.fc.weight, len(prompts)
-        slots = capacity_tokens + self.draft_nodes
+        slots = capacity_tokens + self._spare_slots
         shape = (len(self._weights), 2, rows, slots, config.num_key_value_heads, config.head_dim)
         self._cache_L2BSgD = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
         self._angles_S1C = self._draft.rotary(slots)
@@ -58,7 +59,8 @@ class Eagle3Drafter:
         self._lengths = [length + count for length, count in zip(self._lengths, counts, strict=True)]
         used_slots = max(self._lengths)
         slot_BM = slot_BM.clamp_max(len(self._slot_S) - 1)
-        hidden_BMH = self._rows(self._draft.fuse(aux_BMF), next_ids_BM, slot_BM, self._slot_S[:used_slots] <= slot_BM[..., None])
+        visible_BMS = self._slot_S[:used_slots] <= slot_BM[..., None]
+        hidden_BMH = self._rows(self._draft.fuse(aux_BMF), next_ids_BM, slot_BM, slot_BM, visible_BMS)
         count_B1 = torch.tensor(counts, device=self._slot_S.device)[:, None]
         last_BH = hidden_BMH[self._row_B1, (count_B1 - 1).clamp_min(0)][:, 0]
         self._last_BH = torch.where(count_B1 > 0, last_BH, self._last_BH)
@@ -76,17 +78,27 @@ class Eagle3Drafter:
                 probabilities.append(probabilities_BV)
             ids.append(self._target_id_D[drawn_B])
             if step + 1 < self.draft_nodes:
-                fed_BH = self._draft.final_norm(hidden_BH) if self._draft.config.norm_output else hidden_BH
                 visible_B1S = self._slot_S[: max(self._lengths) + step + 1] <= slot_B1[..., None]
-                hidden_BH = self._rows(fed_BH[:, None], ids[-1][:, None], slot_B1, visible_B1S)[:, 0]
+                hidden_BH = self._rows(self._fed(hidden_BH)[:, None], ids[-1][:, None], slot_B1, slot_B1, visible_B1S)[:, 0]
                 slot_B1 = slot_B1 + 1
         tree = Tree.chain(len(hidden_BH), self.draft_nodes, hidden_BH.device)
         return Proposal(torch.stack(ids, 1), tree, torch.stack(probabilities, 1) if probabilities else None)
 
-    def _rows(self, hidden_BMH: torch.Tensor, ids_BM: torch.Tensor, slot_BM: torch.Tensor, visible_BMS: torch.Tensor) -> torch.Tensor:
-        """Outputs [B, M, H] before the final norm, of rows whose RoPE position is their slot; their keys are kept there."""
+    def _fed(self, hidden_XH: torch.Tensor) -> torch.Tensor:
+        """What the row after an output is fed of it."""
+        return self._draft.final_norm(hidden_XH) if self._draft.config.norm_output else hidden_XH
+
+    def _rows(
+        self,
+        hidden_BMH: torch.Tensor,
+        ids_BM: torch.Tensor,
+        position_BM: torch.Tensor,
+        slot_BM: torch.Tensor,
+        visible_BMS: torch.Tensor,
+    ) -> torch.Tensor:
+        """Outputs [B, M, H] before the final norm; the rows' keys and values go to their slots before any row looks."""
         rows, slots, shape = self._row_B1, visible_BMS.shape[2], hidden_BMH.shape
-        hidden, angle_R1C = hidden_BMH.flatten(0, 1), self._angles_S1C[slot_BM.flatten()]
+        hidden, angle_R1C = hidden_BMH.flatten(0, 1), self._angles_S1C[position_BM.flatten()]
         for layer, (qkv, gate_up_YH), cache_2BSgD in zip(self._draft.stack, self._weights, self._cache_L2BSgD, strict=True):
             embedded_RX = None
             if len(qkv) == 2:
@@ -102,8 +114,8 @@ class Eagle3Drafter:
             hidden = layer.after_attention(hidden, mixed_BhMD.transpose(1, 2).flatten(0, 1), gate_up_YH)
         return hidden.unflatten(0, shape[:2])
 
-    def _logits(self, hidden_BH: torch.Tensor) -> torch.Tensor:
-        return F.linear(self._draft.final_norm(hidden_BH), self._head_DH)
+    def _logits(self, hidden_XH: torch.Tensor) -> torch.Tensor:
+        return F.linear(self._draft.final_norm(hidden_XH), self._head_DH)
 
     def _drawn(self, logits_BD: torch.Tensor, sampling: Sampling) -> tuple[torch.Tensor, torch.Tensor]:
         """Draft ids [B] and the distribution they were drawn from, over the target's vocabulary [B, V]."""

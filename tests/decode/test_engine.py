@@ -9,6 +9,7 @@ import torch
 
 from specforge.decode.drafter import Drafter, NgramDrafter, NoDrafter, Proposal
 from specforge.decode.eagle3 import Eagle3Drafter
+from specforge.decode.eagle3_tree import Eagle3TreeDrafter, TreeShape
 from specforge.decode.engine import Decoder
 from specforge.decode.tree import Tree
 from specforge.features.target import Target
@@ -73,7 +74,9 @@ def test_greedy_text_is_the_targets(
     store = make_store(tmp_path / "store", path, make_samples(LENGTHS))
     drafters: list[Drafter] = [NgramDrafter(draft_tokens), ScriptedDrafter(alone, draft_tokens, 1, 64)]
     if target.dtype == torch.float32:
-        drafters.append(Eagle3Drafter(make_method(path, store), draft_tokens))
+        method = make_method(path, store)
+        shape = TreeShape(draft_tokens, 2, min(2 * draft_tokens, 2 + 4 * (draft_tokens - 1)))
+        drafters += [Eagle3Drafter(method, draft_tokens), Eagle3TreeDrafter(method, shape)]
     for drafter in drafters:
         texts = Decoder(target, drafter).decode(prompts, 60)
         assert [text.ids for text in texts] == alone

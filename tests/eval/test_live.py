@@ -9,10 +9,12 @@ import torch
 
 from specforge.decode.drafter import NoDrafter
 from specforge.decode.eagle3 import Eagle3Drafter
+from specforge.decode.eagle3_tree import Eagle3TreeDrafter, TreeShape
 from specforge.decode.engine import Decoder
 from specforge.distributed import World
 from specforge.eval.evaluator import Evaluator
 from specforge.eval.live import decode_answers
+from specforge.eval.simulate import simulate
 from specforge.features.batch import DraftBatch
 from specforge.features.store import LocalFeatureStore
 from specforge.features.target import Target
@@ -30,7 +32,7 @@ def store(path: Path) -> LocalFeatureStore:
     """Conversations of one or two turns; every answer is the target's own, of 2 to 40 tokens."""
     rng, target = np.random.default_rng(0), Target.load(path, "float32")
     decoder, samples = Decoder(target, NoDrafter()), []
-    for number in range(16):
+    for number in range(10):
         ids, mask = rng.integers(3, VOCAB, 3 + number % 5), np.zeros(3 + number % 5, dtype=bool)
         for turn in range(1 + number % 2):
             answer = decoder.decode([ids], 2 + (7 * number + 3 * turn) % 39)[0].ids
@@ -44,7 +46,7 @@ def store(path: Path) -> LocalFeatureStore:
 def trained(method: Eagle3, store: LocalFeatureStore) -> Eagle3:
     batch = DraftBatch.read(store, range(len(store)))
     plan, optimiser = method.plan(batch), torch.optim.AdamW(method.parameters(), lr=1e-2)
-    for _ in range(60):
+    for _ in range(40):
         optimiser.zero_grad()
         (method(batch, plan).loss_sum / plan.weight).backward()
         optimiser.step()
@@ -76,3 +78,18 @@ def test_walk_is_live(kind: str, draft_tokens: int, path: Path, store: LocalFeat
     assert numbers["eval/walk_acc_len"] == tokens / rounds
     if kind == "trained" and draft_tokens > 1:
         assert tokens / rounds > 1.5
+    simulated = simulate(Eagle3Drafter(method, draft_tokens), store, range(len(store)), torch.device("cpu"), batch_rows=4)
+    assert simulated == [answer.decoded for answer in live]
+
+
+@pytest.mark.parametrize("shape", [TreeShape(2, 3, 5), TreeShape(4, 2, 10)], ids=str)
+def test_simulated_trees_are_live(shape: TreeShape, path: Path, store: LocalFeatureStore) -> None:
+    """Every round of every answer; and no tree of the same depth does worse than the chain that it contains."""
+    method = trained(make_method(path, store, draft_tokens=shape.depth, draft_vocab_size=50), store)
+    target, samples = Target.load(path, "float32"), range(len(store))
+    live = decode_answers(Decoder(target, Eagle3TreeDrafter(method, shape)), store, samples, batch_rows=5)
+    assert all(answer.same for answer in live)
+    simulated = simulate(Eagle3TreeDrafter(method, shape), store, samples, torch.device("cpu"), batch_rows=3)
+    assert simulated == [answer.decoded for answer in live]
+    chain = simulate(Eagle3Drafter(method, shape.depth), store, samples, torch.device("cpu"))
+    assert sum(len(text.committed) for text in simulated) < sum(len(text.committed) for text in chain)

@@ -1,0 +1,106 @@
+"""Drafting a tree with EAGLE-3: a beam at each depth, of all its candidates the likeliest (EAGLE-2, arXiv 2406.16858, section 4).
+
+Shapes: B sequences, k beams, C candidates, N nodes with the root, S slots of the cache, H hidden, J slots of earlier depths.
+"""
+
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+
+from specforge.decode.drafter import Proposal
+from specforge.decode.eagle3 import Eagle3Drafter
+from specforge.decode.tree import Tree
+from specforge.errors import ConfigError
+from specforge.methods.eagle3 import Eagle3
+
+
+@dataclass(frozen=True)
+class TreeShape:
+    """How far and how wide a tree grows, and how much of it is verified."""
+
+    depth: int
+    top_k: int
+    """Beams of a depth, and children that each of them is given."""
+    nodes: int
+    """Drafted tokens that are verified."""
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """`4x2x10`: depth, top_k and nodes."""
+        sizes = text.split("x")
+        if len(sizes) != 3 or not all(size.isdecimal() for size in sizes):
+            raise ConfigError(f"tree {text!r}: must be three numbers, DEPTHxTOP_KxNODES, such as 4x2x10.")
+        return cls(*map(int, sizes))
+
+    def __post_init__(self) -> None:
+        candidates = self.top_k + max(self.depth - 1, 0) * self.top_k**2
+        if min(self.depth, self.top_k) < 1 or not self.depth <= self.nodes <= candidates:
+            raise ConfigError(
+                f"tree depth={self.depth}, top_k={self.top_k}, nodes={self.nodes}: depth and top_k must be at least 1, nodes between "
+                f"depth and the {candidates} candidates, top_k + (depth - 1) * top_k^2."
+            )
+
+
+class Eagle3TreeDrafter(Eagle3Drafter):
+    """A candidate's score is the log-probability of its path; no child has more than its parent, so the best ones are a tree."""
+
+    def __init__(self, method: Eagle3, shape: TreeShape) -> None:
+        super().__init__(method, shape.depth)
+        if shape.top_k > method.draft.config.draft_vocab_size:
+            raise ConfigError(f"tree top_k={shape.top_k}: the draft knows {method.draft.config.draft_vocab_size} tokens; choose fewer.")
+        self.shape, self.draft_nodes = shape, shape.nodes
+        self._spare_slots = max(shape.nodes, (shape.depth - 1) * shape.top_k)
+
+    @torch.no_grad()
+    def propose(self) -> Proposal:
+        beams, rows = self.shape.top_k, len(self._lengths)
+        length_B1 = torch.tensor(self._lengths, device=self._slot_S.device)[:, None]
+        score_BC, ids_BC = self._children(self._last_BH[:, None], self._last_BH.new_zeros(rows, 1))
+        parent_BC = torch.full_like(ids_BC, -1)
+        place_Bk = self._slot_S[:beams].expand(rows, -1)  # of the beams among the candidates
+        hidden_BkH = self._last_BH[:, None].expand(-1, beams, -1)  # the output that each beam's token came from
+        above_BkJ = torch.zeros(rows, beams, 0, dtype=torch.bool, device=score_BC.device)
+        for depth in range(1, self.shape.depth):
+            own_kk = torch.eye(beams, dtype=torch.bool, device=score_BC.device)
+            above_BkJ = torch.cat([above_BkJ, own_kk.expand(rows, -1, -1)], 2)
+            first_slot = (depth - 1) * beams
+            hidden_BkH = self._rows(
+                self._fed(hidden_BkH),
+                ids_BC.gather(1, place_Bk),
+                (length_B1 + depth - 1).expand(-1, beams),
+                length_B1 + self._slot_S[first_slot : first_slot + beams],
+                self._visible(length_B1, above_BkJ),
+            )
+            score_Bkk, ids_Bkk = (x.unflatten(1, (beams, beams)) for x in self._children(hidden_BkH, score_BC.gather(1, place_Bk)))
+            known = score_BC.shape[1]
+            score_BC, ids_BC = torch.cat([score_BC, score_Bkk.flatten(1)], 1), torch.cat([ids_BC, ids_Bkk.flatten(1)], 1)
+            parent_BC = torch.cat([parent_BC, place_Bk.repeat_interleave(beams, 1)], 1)
+            best_Bk = score_Bkk.flatten(1).topk(beams).indices
+            place_Bk, from_Bk1 = known + best_Bk, (best_Bk // beams)[..., None]
+            hidden_BkH = hidden_BkH.gather(1, from_Bk1.expand(-1, -1, hidden_BkH.shape[2]))
+            above_BkJ = above_BkJ.gather(1, from_Bk1.expand(-1, -1, above_BkJ.shape[2]))
+        return self._best(score_BC, ids_BC, parent_BC)
+
+    def _children(self, hidden_BMH: torch.Tensor, score_BM: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scores and target ids [B, M * k] of the likeliest tokens after each output."""
+        log_BMD = self._logits(hidden_BMH).float().log_softmax(-1)
+        log_BMk, drawn_BMk = log_BMD.topk(self.shape.top_k)
+        return (score_BM[..., None] + log_BMk).flatten(1), self._target_id_D[drawn_BMk].flatten(1)
+
+    def _visible(self, length_B1: torch.Tensor, above_BkJ: torch.Tensor) -> torch.Tensor:
+        """The committed slots and, behind them, those of the beams above and of itself: [B, k, S]."""
+        _, beams, behind = above_BkJ.shape
+        slot_S = self._slot_S[: max(self._lengths) + behind]
+        visible_BkS = (slot_S < length_B1)[:, None].repeat(1, beams, 1)
+        slot_BJ = length_B1 + self._slot_S[:behind]
+        return visible_BkS.scatter_(2, slot_BJ[:, None].expand(-1, beams, -1), above_BkJ)
+
+    def _best(self, score_BC: torch.Tensor, ids_BC: torch.Tensor, parent_BC: torch.Tensor) -> Proposal:
+        # Stable, so that of equal scores the parent, which comes first, is the one that stays.
+        kept_BN = score_BC.sort(dim=1, descending=True, stable=True).indices[:, : self.shape.nodes].sort(dim=1).values
+        node_BC = torch.full_like(ids_BC, -1).scatter_(1, kept_BN, self._slot_S[1 : self.shape.nodes + 1].expand_as(kept_BN))
+        above_BN = parent_BC.gather(1, kept_BN)
+        parent_BN = torch.where(above_BN < 0, 0, node_BC.gather(1, above_BN.clamp_min(0)))
+        root_B1 = torch.full_like(parent_BN[:, :1], -1)
+        return Proposal(ids_BC.gather(1, kept_BN), Tree.of(torch.cat([root_B1, parent_BN], 1), self.shape.depth))
