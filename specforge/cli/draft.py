@@ -39,7 +39,9 @@ class Draft:
         """
         if self.method is None:
             return NgramDrafter(self.draft_tokens) if self.draft_tokens else NoDrafter()
-        method = self.method.to(device=target.device, dtype=target.dtype)
+        method = self.method.to(target.device)
+        for parameter in method.draft.parameters():  # tables of RoPE keep their precision
+            parameter.data = parameter.data.to(target.dtype)
         drafter: Drafter = registered(self.method_name).load_drafter()(method, self.draft_tokens, sampling, generator)
         return drafter
 

@@ -1,0 +1,230 @@
+"""`specforge generate`: the target's own text, honest numbers, streamed characters, and what is refused."""
+
+import io
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from specforge import files
+from specforge.cli.__main__ import main
+from specforge.cli.compose import build_controller
+from specforge.cli.contest import Contest, Turn, numbers_of, read_prompts
+from specforge.cli.draft import Draft
+from specforge.cli.streaming import Detokeniser, Printer
+from specforge.config import load_config
+from specforge.decode.engine import Decoded
+from specforge.decode.sampling import Sampling
+from specforge.distributed import World
+from specforge.features.target import Target
+from tests.texts import make_text_target, write_rows
+
+PROMPTS = ["the cat sat on a mat", "birds sang of spring"]
+MULTI_BYTE = "naïve café, 日本語の鳥 sang 🙂🙃 the cat — и кот"
+
+
+@pytest.fixture(scope="module")
+def target(prepared: tuple[Path, list[str]]) -> Path:
+    return prepared[0] / "target"
+
+
+@pytest.fixture(scope="module")
+def run(prepared: tuple[Path, list[str]], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two steps."""
+    folder, settings = prepared
+    run = tmp_path_factory.mktemp("generate") / "run"
+    build_controller(load_config(folder / "c.yaml", [*settings, f"output_dir={run}", "train.steps=2"]), World()).fit()
+    return run
+
+
+def generate(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[str, dict[str, Any], str]:
+    """(all but the last line of stdout, the object of the last line, stderr)."""
+    assert main(["generate", *(str(word) for word in words)]) == 0
+    out, err = capsys.readouterr()
+    text, _, last = out.rstrip("\n").rpartition("\n")
+    return text, json.loads(last), err
+
+
+def refused(capsys: pytest.CaptureFixture[str], code: int, *words: object) -> str:
+    assert main(["generate", *(str(word) for word in words)]) == code
+    out, err = capsys.readouterr()
+    assert not out, "before the first token"
+    return err
+
+
+def expected_texts(target: Path, new_tokens: int) -> str:
+    """What transformers itself says to the prompts, printed as the command does."""
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(target), AutoTokenizer.from_pretrained(target)
+    said = ""
+    for number, prompt in enumerate(PROMPTS, 1):
+        messages = [{"role": "user", "content": prompt}]
+        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)["input_ids"]
+        answer = model.generate(ids, max_new_tokens=new_tokens, do_sample=False)[0, ids.shape[1] :]
+        said += f"[prompt-{number}] {tokenizer.decode(answer, skip_special_tokens=True)}\n"
+    return said
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_greedy_text_is_the_targets(batch: int, target: Path, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    expected = expected_texts(target, 24)
+    for draft in (run / "latest", "ngram", "none"):
+        words = ("--target", target, "--draft", draft, "--max-new-tokens", 24, "--batch", batch, "--prompt", *PROMPTS)
+        text, numbers, _ = generate(capsys, *words)
+        assert text.startswith(expected), draft
+        assert "\x1b" not in text, "no terminal, no colour"
+        assert numbers["draft_tokens"] == {"ngram": 4, "none": 0}.get(str(draft), 3)
+        assert sum(numbers["histogram"]) == numbers["rounds"]
+        assert numbers["tokens"] == numbers["new_tokens"] - len(PROMPTS), "the first token of a text is the prefill's"
+        if draft != "none":
+            assert (numbers["same_texts"], numbers["first_divergence"]) == (2, None)
+            assert numbers["speed_up"] == pytest.approx(numbers["tokens_per_s"] / numbers["target_tokens_per_s"])
+        else:
+            assert "speed_up" not in numbers and numbers["tokens_per_round"] == 1
+
+
+def test_rows_of_two_domains(target: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = write_rows(tmp_path / "rows.jsonl", 5)
+    words = ("--target", target, "--draft", "ngram", "--file", rows, "--max-new-tokens", 12, "--batch", 2, "--draft-tokens", 2)
+    text, numbers, _ = generate(capsys, *words, "--no-baseline")
+    assert numbers["prompts"] == 5 and "target_tokens_per_s" not in numbers and "same_texts" not in numbers
+    assert numbers["domains"].keys() == {"a", "b"}
+    for name in ("rounds", "tokens"):
+        assert sum(domain[name] for domain in numbers["domains"].values()) == numbers[name]
+    assert np.sum([domain["histogram"] for domain in numbers["domains"].values()], axis=0).tolist() == numbers["histogram"]
+    assert "domain a: tokens per round" in text
+
+
+def test_a_text_ends_with_the_targets_positions(target: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("--target", target, "--draft", "ngram", "--prompt", PROMPTS[0], "--max-new-tokens", 1000, "--temperature", 1)
+    lengths = [generate(capsys, *words, "--seed", seed)[1] for seed in range(3)]
+    prompt = read_prompts(target, PROMPTS[:1], None, 1000)[0][0]
+    assert prompt.max_new_tokens == 128 - len(prompt.prompt_ids)
+    assert all(numbers["new_tokens"] == prompt.max_new_tokens or numbers["finished"] for numbers in lengths)
+
+
+def test_sampled_drafts(target: Path, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = (
+        "--target",
+        target,
+        "--draft",
+        run / "latest",
+        "--max-new-tokens",
+        16,
+        "--temperature",
+        1,
+        "--top-k",
+        20,
+        "--prompt",
+        PROMPTS[0],
+    )
+    texts = [generate(capsys, *words, "--draft-sampling", "sampled", "--draft-tokens", 2, "--seed", seed)[:2] for seed in (0, 0, 1)]
+    assert texts[0][1]["draft_sampling"] == "sampled" and texts[0][1]["draft_tokens"] == 2
+    assert "same_texts" not in texts[0][1], "samples are not compared"
+    said = [text.split("\n\nchain of")[0] for text, _ in texts]
+    assert said[0] == said[1] != said[2]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float64"])
+def test_other_data_types(dtype: str, target: Path, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("--target", target, "--draft", run / "latest", "--max-new-tokens", 6, "--dtype", dtype, "--prompt", PROMPTS[0])
+    numbers = generate(capsys, *words)[1]
+    assert numbers["same_texts"] == 1 or numbers["first_divergence"]["margin"] < 0.1
+
+
+def test_the_first_divergence_is_named(target: Path) -> None:
+    model = Target.load(target, "float32")
+    prompts, tokenizer = read_prompts(target, PROMPTS, None, 8)
+    contest = Contest(model, tokenizer, Draft("ngram", 2), Sampling(), sampled_draft=False, seed=0, baseline=True, colour=False)
+    alone = [[5, 6, 7, 8], [9, 10, 11, 12]]
+    texts = [[5, 6, 7, 8], [9, 10, 44, 12]]
+    turn = Turn(prompts, *([Decoded(ids) for ids in texts], 1.0), *([Decoded(ids) for ids in alone], 2.0))
+    numbers = numbers_of(contest, [turn])
+    with torch.no_grad():
+        context = torch.tensor([[*prompts[1].prompt_ids.tolist(), 9, 10]])
+        best, second = model.model(context).logits[0, -1].topk(2).values.tolist()
+    margin = numbers["first_divergence"].pop("margin")
+    assert numbers["first_divergence"] == {"id": "prompt-2", "place": 2, "draft_token": 44, "target_token": 11}
+    assert margin == pytest.approx(best - second, rel=1e-4)
+    assert (numbers["same_texts"], numbers["speed_up"]) == (1, 2.0)
+
+
+def test_no_half_character_is_printed(target: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(target)
+    ids = tokenizer(MULTI_BYTE, add_special_tokens=False)["input_ids"]
+    assert len(ids) > len(MULTI_BYTE.split()) and any("\ufffd" in tokenizer.decode([token]) for token in ids)
+    detokeniser = Detokeniser(tokenizer)
+    pieces = [detokeniser.add(token) for token in ids]
+    assert not any("\ufffd" in piece for piece in pieces)
+    assert "".join(pieces) == MULTI_BYTE and detokeniser.end() == ""
+
+    half = Detokeniser(tokenizer)
+    assert [half.add(token) for token in tokenizer("a🙂", add_special_tokens=False)["input_ids"][:-1]] == ["a", "", "", ""]
+    assert half.end() == "\ufffd", "what is no character is shown as none, once it cannot become one"
+
+
+def test_drafted_tokens_are_coloured(target: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(target)
+    ids, out = tokenizer("xyz", add_special_tokens=False)["input_ids"], io.StringIO()
+    printer = Printer(tokenizer, colour=True, out=out)
+    printer.watch(0, ids, 2)
+    printer.end()
+    assert out.getvalue() == "\x1b[32mx\x1b[0m\x1b[32my\x1b[0mz\n"
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("hidden_size", 64, "hidden size is 32, the target's is 64"),
+        ("vocab_size", 299, "the target's is 299"),
+        ("num_hidden_layers", 1, "the target has 1"),
+    ],
+)
+def test_a_target_that_does_not_fit(
+    key: str, value: int, said: str, target: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "target"
+    shutil.copytree(target, other)
+    config = json.loads((other / "config.json").read_text())
+    config.pop("layer_types", None)
+    (other / "config.json").write_text(json.dumps({**config, key: value}))
+    err = refused(capsys, 5, "--target", other, "--draft", run / "latest", "--prompt", "a", "--allow-other-target")
+    assert said in err
+
+
+def test_refusals(target: Path, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("--target", target, "--draft", run / "latest", "--prompt", "the cat")
+    err = refused(capsys, 3, *words[:-1], "a", "the " * 200)
+    assert "'prompt-2'" in err and "max_position_embeddings=128" in err
+    assert "--temperature above 0" in refused(capsys, 2, *words, "--draft-sampling", "sampled")
+    ngram = ("--target", target, "--draft", "ngram", "--prompt", "the cat")
+    assert "a draft that learned" in refused(capsys, 2, *ngram, "--draft-sampling", "sampled", "--temperature", 1)
+    assert "--draft-tokens 0" in refused(capsys, 2, *words, "--draft-tokens", 0)
+    assert "--batch 0" in refused(capsys, 2, *words, "--batch", 0)
+    assert "no complete checkpoint" in refused(capsys, 5, "--target", target, "--draft", run / "step9", "--prompt", "a")
+
+
+def test_another_target_than_the_drafts(target: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other = make_text_target(tmp_path / "target", seed=1)
+    words = ("--target", other, "--draft", run / "latest", "--prompt", "the cat", "--max-new-tokens", 4)
+    assert "fingerprint" in refused(capsys, 5, *words)
+    _, numbers, err = generate(capsys, *words, "--allow-other-target")
+    assert "Warning" in err and numbers["same_texts"] == 1
+    assert "Warning" not in generate(capsys, "--target", target, *words[2:])[2]
+
+
+def test_a_checkpoint_that_knows_no_target_is_not_checked(
+    target: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    old = tmp_path / "run-step2"
+    shutil.copytree(run / "run-step2", tmp_path / "staged", ignore=shutil.ignore_patterns(files.MANIFEST))
+    state = json.loads((tmp_path / "staged" / "state.json").read_text())
+    assert len(state["settings"].pop("target_fingerprint")) == 64
+    (tmp_path / "staged" / "state.json").write_text(json.dumps(state))
+    files.publish(tmp_path / "staged", old)
+    err = generate(capsys, "--target", target, "--draft", old, "--prompt", "the cat", "--max-new-tokens", 4)[2]
+    assert "does not say which target" in err
