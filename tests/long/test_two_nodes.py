@@ -91,7 +91,7 @@ def assert_the_run_of_one_process(words: Sequence[str], run: Path, scratch: Path
     torch.testing.assert_close(losses(run), losses(one), rtol=1e-6, atol=0)
     expected = draft(words, one, scratch / "expected")
     error = (draft(words, run, scratch / "got") - expected).norm() / expected.norm()
-    # AdamW divides by the root of the second moment, so the rounding of small gradients weighs more in the parameters than in the loss.
+    # 1.4e-6 was measured: probably the rounding of small gradients, which AdamW enlarges.
     assert error < 5e-6, f"relative error {error:.1e}"
 
 
