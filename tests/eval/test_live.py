@@ -1,13 +1,10 @@
 """The acceptance length that the evaluator predicts from stored features is the one that decoding shows, to the last token."""
 
 from pathlib import Path
-from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 
-from specforge.decode.drafter import NoDrafter
 from specforge.decode.eagle3 import Eagle3Drafter
 from specforge.decode.eagle3_tree import Eagle3TreeDrafter, TreeShape
 from specforge.decode.engine import Decoder
@@ -15,11 +12,10 @@ from specforge.distributed import World
 from specforge.eval.evaluator import Evaluator
 from specforge.eval.live import decode_answers
 from specforge.eval.simulate import simulate
-from specforge.features.batch import DraftBatch
 from specforge.features.store import LocalFeatureStore
 from specforge.features.target import Target
 from specforge.methods.eagle3 import Eagle3
-from tests.tiny import VOCAB, make_method, make_store, make_target
+from tests.tiny import make_answered, make_method, make_store, make_target, train
 
 
 @pytest.fixture(scope="module")
@@ -29,39 +25,18 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def store(path: Path) -> LocalFeatureStore:
-    """Conversations of one or two turns; every answer is the target's own, of 2 to 40 tokens."""
-    rng, target = np.random.default_rng(0), Target.load(path, "float32")
-    decoder, samples = Decoder(target, NoDrafter()), []
-    for number in range(10):
-        ids, mask = rng.integers(3, VOCAB, 3 + number % 5), np.zeros(3 + number % 5, dtype=bool)
-        for turn in range(1 + number % 2):
-            answer = decoder.decode([ids], 2 + (7 * number + 3 * turn) % 39)[0].ids
-            ids, mask = np.append(ids, answer), np.append(mask, np.ones(len(answer), dtype=bool))
-            if number % 2 and not turn:
-                ids, mask = np.append(ids, rng.integers(3, VOCAB, 4)), np.append(mask, np.zeros(4, dtype=bool))
-        samples.append(SimpleNamespace(id=f"s{number}", domain="", input_ids=ids.astype(np.int32), loss_mask=mask, truncated=False))
-    return make_store(path.parent / "store", path, samples)
-
-
-def trained(method: Eagle3, store: LocalFeatureStore) -> Eagle3:
-    batch = DraftBatch.read(store, range(len(store)))
-    plan, optimiser = method.plan(batch), torch.optim.AdamW(method.parameters(), lr=1e-2)
-    for _ in range(40):
-        optimiser.zero_grad()
-        (method(batch, plan).loss_sum / plan.weight).backward()
-        optimiser.step()
-    return method
+    return make_store(path.parent / "store", path, make_answered(path))
 
 
 def adversarial(method: Eagle3, store: LocalFeatureStore) -> Eagle3:
     """A trained draft whose least likely token comes first."""
-    trained(method, store)
+    train(method, store)
     assert method.draft.lm_head is not None
     method.draft.lm_head.weight.data.neg_()
     return method
 
 
-DRAFTS = {"trained": trained, "random": lambda method, store: method, "adversarial": adversarial}
+DRAFTS = {"trained": train, "random": lambda method, store: method, "adversarial": adversarial}
 
 
 @pytest.mark.parametrize("draft_tokens", [1, 3, 5])
@@ -85,7 +60,7 @@ def test_walk_is_live(kind: str, draft_tokens: int, path: Path, store: LocalFeat
 @pytest.mark.parametrize("shape", [TreeShape(2, 3, 5), TreeShape(4, 2, 10)], ids=str)
 def test_simulated_trees_are_live(shape: TreeShape, path: Path, store: LocalFeatureStore) -> None:
     """Every round of every answer; and no tree of the same depth does worse than the chain that it contains."""
-    method = trained(make_method(path, store, draft_tokens=shape.depth, draft_vocab_size=50), store)
+    method = train(make_method(path, store, draft_tokens=shape.depth, draft_vocab_size=50), store)
     target, samples = Target.load(path, "float32"), range(len(store))
     live = decode_answers(Decoder(target, Eagle3TreeDrafter(method, shape)), store, samples, batch_rows=5)
     assert all(answer.same for answer in live)
