@@ -64,8 +64,9 @@ class Decoder:
     def decode(self, prompts: Sequence[np.ndarray], max_new_tokens: int | Sequence[int], watch: Watch | None = None) -> list[Decoded]:
         """Continue all prompts ([S] ids each) together, each until an end token or for its number of tokens, at least one."""
         limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens)
-        capacity = max(len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True)) + self._drafter.draft_nodes
-        session = TargetSession(self._target, len(prompts), capacity, self._drafter.layer_ids)
+        text_tokens = max(len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True))
+        capacity = text_tokens + self._drafter.draft_nodes
+        session = TargetSession(self._target, len(prompts), capacity, self._drafter.layer_ids, text_tokens)
         texts = [Decoded() for _ in prompts]
 
         block = session.prefill(prompts)

@@ -4,12 +4,12 @@ Shapes: B sequences (rows), N nodes of a block (or tokens of the longest prompt)
 F = A*H, V vocabulary.
 """
 
+import inspect
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch.nn import functional
 
 from specforge.decode.cache import SlotCache
 from specforge.decode.tree import Tree
@@ -35,26 +35,33 @@ class TargetSession:
     committed tokens of its row and the nodes above it; it stands at position `lengths[row]` + its depth, and a sliding window is
     measured between positions.
 
+    Args:
+        capacity: tokens of a row that are committed or proposed.
+        text_tokens: tokens of the longest row when all is said (0: `capacity`). Nodes beyond are none that a row keeps; they stand at the
+            last of these positions, since the target may have no more, or scale all its positions by the largest one.
+
     Raises:
-        ConfigError: the target has layers whose state cannot be rolled back, or an attention that takes no mask; from `prefill` and
-            `forward`: a row outgrows `capacity`.
+        ConfigError: the target has layers whose state cannot be rolled back, an attention that takes no mask, or positions that
+            nobody can tell it; from `prefill`: they change their scale within the text; from `prefill` and `forward`: a row outgrows
+            `capacity`.
     """
 
-    def __init__(self, target: Target, rows: int, capacity: int, layer_ids: Sequence[int] = ()) -> None:
+    def __init__(self, target: Target, rows: int, capacity: int, layer_ids: Sequence[int] = (), text_tokens: int = 0) -> None:
         self.target = target
         self.layer_ids = tuple(sorted(layer_ids))
         self.lengths = [0] * rows
         """Committed tokens in the cache, a row."""
         self._layer_types = _layer_types(target)
+        _require_told_positions(target)
         self._device = target.device
         self._cache = SlotCache(target.num_layers, capacity, self._device)
+        self._last_position = (text_tokens or capacity) - 1
         self._shown, self._hidden = torch.tensor([0.0, torch.finfo(target.dtype).min], dtype=target.dtype, device=self._device)
-        head_VH, bias_V = target.head_tensors()
-        self._head_VH, self._bias_V = _wide(head_VH), None if bias_V is None else _wide(bias_V)
 
     def prefill(self, prompts: Sequence[np.ndarray]) -> Block:
         """Start anew with these prompts ([S] integers each), right-padded to one forward; a row's block ends in padding."""
         lengths = [len(prompt) for prompt in prompts]
+        _require_one_scale(self.target, min(lengths), self._last_position + 1)
         ids_BN = torch.zeros(len(prompts), max(lengths), dtype=torch.long)
         for row, prompt in enumerate(prompts):
             ids_BN[row, : lengths[row]] = torch.from_numpy(np.asarray(prompt, dtype=np.int64))
@@ -69,7 +76,7 @@ class TargetSession:
         """The nodes of `tree` behind the committed tokens."""
         self._cache.slots.aim(self.lengths, ids_BN.shape[1])
         position_B1N = tree.depth_BN[:, None] + self._cache.slots.start
-        return self._run(ids_BN, position_B1N[:, 0], self._mask(tree.visible_BNN, position_B1N))
+        return self._run(ids_BN, position_B1N[:, 0].clamp_max(self._last_position), self._mask(tree.visible_BNN, position_B1N))
 
     def keep(self, paths: Sequence[Sequence[int]]) -> None:
         """Commit nodes of the last block, a row: ascending depth, node 0 first; an empty path commits nothing."""
@@ -85,7 +92,7 @@ class TargetSession:
 
     def logits(self, last_BNH: torch.Tensor) -> torch.Tensor:
         """Logits [B, N, V] in float32; of a float64 target in float64."""
-        return functional.linear(_wide(last_BNH), self._head_VH, self._bias_V)
+        return self.target.logits(last_BNH)
 
     @torch.no_grad()
     def _run(self, ids_BN: torch.Tensor, position_BN: torch.Tensor, mask: torch.Tensor | dict[str, torch.Tensor] | None) -> Block:
@@ -115,10 +122,6 @@ class TargetSession:
         return torch.where(visible_BNU, self._shown, self._hidden)[:, None]
 
 
-def _wide(x: torch.Tensor) -> torch.Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
 def _layer_types(target: Target) -> set[str]:
     """The kinds of attention among the target's layers.
 
@@ -126,7 +129,7 @@ def _layer_types(target: Target) -> set[str]:
         ConfigError: one of them cannot be rolled back by overwriting slots, or takes no mask.
     """
     config = target.config
-    types = set(getattr(config, "layer_types", None) or ())
+    types = set(getattr(config, "layer_types", None) or getattr(config, "attention_layers", None) or ())
     if not types:
         sliding, chunked = (getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size"))
         types = {_SLIDING if sliding else "chunked_attention" if chunked else _FULL}
@@ -142,3 +145,25 @@ def _layer_types(target: Target) -> set[str]:
             f"model.target_path={target.path!r}: attention {implementation!r} takes no mask of a tree; load it with 'sdpa' or 'eager'."
         )
     return types
+
+
+def _require_told_positions(target: Target) -> None:
+    """Raises ConfigError where a token's position is its place in the mask, which slots and trees do not keep."""
+    told = "position_ids" in inspect.signature(target.decoder.forward).parameters
+    if not told or getattr(target.config, "alibi", False):
+        raise ConfigError(
+            f"model.target_path={target.path!r}: {type(target.decoder).__name__} works out positions by itself (ALiBi), so rejected tokens "
+            "and trees would shift them; decode with a target of rotary or learned positions."
+        )
+
+
+def _require_one_scale(target: Target, shortest_prompt: int, text_tokens: int) -> None:
+    """LongRoPE turns all positions of a forward by other angles once one of them is beyond the original length, so keys in the cache
+    would fit no longer. Raises ConfigError where that happens between a prompt and the end of a text."""
+    rope = getattr(target.config, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "longrope" and shortest_prompt <= rope["original_max_position_embeddings"] < text_tokens:
+        raise ConfigError(
+            f"model.target_path={target.path!r}: its angles change at original_max_position_embeddings="
+            f"{rope['original_max_position_embeddings']}, between a prompt of {shortest_prompt} tokens and a text of {text_tokens}; "
+            "ask for fewer new tokens."
+        )

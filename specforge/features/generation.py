@@ -77,8 +77,6 @@ def generate(
         ids_BS[row, longest - len(prompt) :] = torch.tensor(np.asarray(prompt), dtype=torch.long)
         attended[row, longest - len(prompt) :] = 1
     target.require_plain_head(prompts[0])
-    head_VH, bias_V = target.head_tensors()
-    head_VH, bias_V = head_VH.float(), None if bias_V is None else bias_V.float()
     ids_BS, attended = ids_BS.to(target.device), attended.to(target.device)
     uniforms_BT = sampling.uniforms(prompt_ids, max_new_tokens).to(target.device)
     ends = torch.tensor(sorted(end_ids), dtype=torch.long, device=target.device)
@@ -95,7 +93,7 @@ def generate(
             past_key_values=cache, use_cache=True,
         )  # fmt: skip
         cache = output.past_key_values
-        logits_BV = torch.nn.functional.linear(output.last_hidden_state[:, -1].to(target.device).float(), head_VH, bias_V)
+        logits_BV = target.logits(output.last_hidden_state[:, -1].to(target.device))
         next_B = sampling.choose(logits_BV, uniforms_BT[:, step])
         for row, token, ended in zip(rows, next_B.tolist(), torch.isin(next_B, ends).tolist(), strict=True):
             if not finished[row] and len(answers[row]) < limits[row]:

@@ -5,6 +5,7 @@ Shapes: B sequences of a forward, S tokens of one of them, N tokens of all, A ca
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -166,6 +167,19 @@ class Target:
             bias = getattr(self.head, "bias", None)
             return self.head.weight.to(self.device), None if bias is None else bias.to(self.device)
 
+    def logits(self, last_XH: torch.Tensor) -> torch.Tensor:
+        """Head times last hidden state [X, V], in float32; of a float64 target in float64.
+
+        A head in half precision is widened once and stays, twice its size.
+        """
+        weight_VH, bias_V = self._wide_head
+        return nn.functional.linear(_wide(last_XH), weight_VH, bias_V)
+
+    @cached_property
+    def _wide_head(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        weight_VH, bias_V = self.head_tensors()
+        return _wide(weight_VH), None if bias_V is None else _wide(bias_V)
+
     @contextmanager
     def residual_stream(self, layer_ids: Sequence[int]) -> Iterator[dict[int, torch.Tensor]]:
         """Collects, while the decoder runs, hidden states [B, S, H] by index; hooks see them before any norm."""
@@ -220,6 +234,10 @@ class Target:
                 f"features, choose another one."
             )
         self._head_checked = True
+
+
+def _wide(x: torch.Tensor) -> torch.Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _present(module: nn.Module) -> AbstractContextManager[None]:
