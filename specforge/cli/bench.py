@@ -4,7 +4,6 @@ It runs in a process whose allocator and threads are set as those of the quickst
 """
 
 import argparse
-import json
 import os
 import subprocess
 import sys
@@ -12,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 
+from specforge import files
 from specforge.cli.demo import CALM
 
 
@@ -38,12 +38,12 @@ def run(words: Sequence[str]) -> int:
     if given.bench == "save":
         from specforge.bench.save import measure as measure_saves
 
-        print(json.dumps(measure_saves(given.out, given.repeats)))
+        print(files.json_line(measure_saves(given.out, given.repeats)))
         return 0
     if given.bench == "loss-memory":
         from specforge.bench.loss_memory import measure_both
 
-        print(json.dumps(measure_both()))
+        print(files.json_line(measure_both()))
         return 0
 
     from specforge.bench.train_step import measure, state_mib
@@ -53,5 +53,5 @@ def run(words: Sequence[str]) -> int:
     numbers = measure(shape, given.repeats, given.peer)
     short, long = (state_mib(shape, tokens) for tokens in (1024, 2048))
     print(f"state kept for the backward: {short:.1f} MiB at 1,024 tokens a document, {long:.1f} MiB at 2,048: {long / short:.2f} times")
-    print(json.dumps(numbers))
+    print(files.json_line(numbers))
     return 0

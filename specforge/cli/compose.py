@@ -15,8 +15,8 @@ from specforge import files
 from specforge.cli.inputs import LazyTarget, Paths, eval_store, feature_meta, prepare_features, read_tables
 from specforge.config import RunConfig, dump_config, to_dict
 from specforge.config.methods import registered
-from specforge.decode.eagle3_tree import Eagle3TreeDrafter, TreeShape
 from specforge.decode.engine import Decoder
+from specforge.decode.tree import TreeShape
 from specforge.distributed import World, randomness
 from specforge.errors import CheckpointError, ConfigError
 from specforge.eval.evaluator import Evaluator, why_no_walk
@@ -199,14 +199,14 @@ def _write_config(folder: Path, config: RunConfig) -> None:
 
 
 def evaluate_checkpoint(
-    config: RunConfig, path: Path, world: World, *, calibrate: bool = False, live: int = 0, trees: Sequence[str] = ()
+    config: RunConfig, path: Path, world: World, *, calibrate: bool = False, live: int = 0, trees: Sequence[TreeShape] = ()
 ) -> dict[str, Any]:
     """`eval/*` numbers of a checkpoint; the target is loaded only if its features are not in the cache.
 
     Args:
         calibrate: store the scalings of the draft's confidence in its folder.
         live: decode the answers of so many samples too, greedily, and set the walk over the same samples beside it.
-        trees: shapes (`TreeShape.parse`) whose tokens per round to find from the stored features.
+        trees: shapes whose tokens per round to find from the stored features.
     """
     checkpoint = world.on_main(lambda: resolve(path))
     tables = read_tables(config)
@@ -247,22 +247,18 @@ def _live(
     return {f"eval/live/{name}": value for name, value in numbers.items()}
 
 
-def _simulated(config: RunConfig, method: Any, trees: Sequence[str], store: LocalFeatureStore, world: World) -> dict[str, Any]:
+def _simulated(config: RunConfig, method: Any, trees: Sequence[TreeShape], store: LocalFeatureStore, world: World) -> dict[str, Any]:
     """`eval/trees`: tokens per round of each shape along the stored answers."""
-    if not trees:
-        return {}
-    if config.method.name != "eagle3":
-        raise ConfigError(f"--simulate: method {config.method.name!r} drafts no trees; leave it out.")
     samples = min(config.eval.max_samples or len(store), len(store))
     found = {}
-    for tree in trees:
-        shape = TreeShape.parse(tree)
-        texts = simulate(Eagle3TreeDrafter(method, shape), store, range(world.rank, samples, world.size), world.device)
+    for shape in trees:
+        drafter = registered(config.method.name).load_tree_drafter()(method, shape)
+        texts = simulate(drafter, store, range(world.rank, samples, world.size), world.device)
         committed = [tokens for text in texts for tokens in text.committed]
         sums = torch.tensor([sum(committed), len(committed)], device=world.device)
         tokens, rounds = world.sum_(sums.double()).tolist()
-        found[tree] = tokens / max(rounds, 1)
-    return {"eval/trees": found}
+        found[str(shape)] = tokens / max(rounds, 1)
+    return {"eval/trees": found} if found else {}
 
 
 def report(controller: TrainerController, state: TrainState) -> None:

@@ -193,7 +193,7 @@ class Story:
             "final_step": lines[-1]["step"],
             "seconds": round(time.monotonic() - self.began_s, 1),
         }
-        print(json.dumps(last))
+        print(files.json_line(last))
 
 
 def loss_curve(points: Sequence[tuple[int, float]], width: int = 48) -> str:

@@ -11,6 +11,7 @@ from specforge import files
 from specforge.config.methods import registered
 from specforge.decode.drafter import Drafter, NgramDrafter, NoDrafter
 from specforge.decode.sampling import Sampling
+from specforge.decode.tree import TreeShape
 from specforge.distributed import World
 from specforge.errors import CheckpointError, ConfigError
 from specforge.features.tables import TargetConfig, TargetTables
@@ -28,8 +29,11 @@ class Draft:
 
     name: str
     draft_tokens: int
+    """K, of a tree its depth: the most that a round can accept."""
     method: Any = None
     method_name: str = ""
+    tree: TreeShape | None = None
+    """None: it drafts chains."""
 
     def drafter(self, target: Target, sampling: Sampling | None, generator: torch.Generator) -> Drafter:
         """At work beside `target`, on its device and in its data type as engines serve it.
@@ -42,23 +46,33 @@ class Draft:
         method = self.method.to(target.device)
         for parameter in method.draft.parameters():  # tables of RoPE keep their precision
             parameter.data = parameter.data.to(target.dtype)
-        drafter: Drafter = registered(self.method_name).load_drafter()(method, self.draft_tokens, sampling, generator)
+        known = registered(self.method_name)
+        drafter: Drafter
+        if self.tree is None:
+            drafter = known.load_drafter()(method, self.draft_tokens, sampling, generator)
+        else:
+            drafter = known.load_tree_drafter()(method, self.tree)
         return drafter
 
 
-def read_draft(name: str, target_path: Path, draft_tokens: int | None, *, allow_other_target: bool = False) -> Draft:
+def read_draft(
+    name: str, target_path: Path, draft_tokens: int | None, tree: TreeShape | None = None, *, allow_other_target: bool = False
+) -> Draft:
     """The draft that `name` means, checked against the target's files; neither model runs.
 
     Args:
         name: RUN/best, RUN/latest, a step folder, `ngram` or `none`.
         draft_tokens: K; None: as many as the draft was trained for.
+        tree: draft trees of this shape; `draft_tokens` says nothing then.
 
     Raises:
-        ConfigError: `draft_tokens` is not what such a draft can do.
+        ConfigError: `draft_tokens` or `tree` is not what such a draft can do.
         CheckpointError: there is no such checkpoint, or it does not fit the target, or was trained with another one.
     """
     if draft_tokens is not None and (draft_tokens < 1 or name == "none"):
         raise ConfigError(f"--draft-tokens {draft_tokens}: must be at least 1, and draft 'none' drafts nothing; leave it out.")
+    if tree is not None and name in ("none", "ngram"):
+        raise ConfigError(f"--tree {tree}: draft {name!r} drafts no trees; leave --tree out, or give --draft a checkpoint.")
     if name == "none":
         return Draft(name, 0)
     if name == "ngram":
@@ -71,11 +85,14 @@ def read_draft(name: str, target_path: Path, draft_tokens: int | None, *, allow_
     require_fit(folder, target_path)
     require_same_target(checkpoint, settings.get("target_fingerprint"), target_path, allow_other_target)
     known = registered(method_name)
+    if tree is not None:
+        known.load_tree_drafter()
     with files.foreign(checkpoint.path, CheckpointError, "its method has other options here; take a checkpoint of this version"):
         options = known.options(**settings["method"]["options"])
     method = known.load().read(options, TargetTables.read(target_path), folder)
     read_tensors(folder, method.draft.state_dict(), world)
-    return Draft(str(checkpoint.path), draft_tokens or method.draft_tokens, method.eval(), method_name)
+    longest = tree.depth if tree else draft_tokens or method.draft_tokens
+    return Draft(str(checkpoint.path), longest, method.eval(), method_name, tree)
 
 
 def require_fit(folder: Path, target_path: Path) -> None:

@@ -1,11 +1,12 @@
 """`specforge eval CONFIG.yaml --checkpoint RUN/best`: acceptance of a draft on held-out answers."""
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from specforge import files
 from specforge.config import load_config
+from specforge.errors import ConfigError
 
 
 def run(words: Sequence[str]) -> int:
@@ -22,18 +23,23 @@ def run(words: Sequence[str]) -> int:
         "--simulate", nargs="+", default=(), metavar="DEPTHxTOP_KxNODES", help="tokens per round of draft trees, without running the target"
     )
     given = parser.parse_args(words)
+    if given.live < 0:
+        raise ConfigError(f"--live {given.live}: must not be negative; 0 decodes nothing.")
     config = load_config(given.config, given.overrides)
 
     from specforge.cli.compose import evaluate_checkpoint, set_threads
     from specforge.cli.table import acceptance_table, calibration_table, chain_table, live_table
+    from specforge.config.methods import registered
+    from specforge.decode.tree import TreeShape
     from specforge.distributed import World
 
+    trees = [TreeShape.parse(tree) for tree in given.simulate]
+    if trees:
+        registered(config.method.name).load_tree_drafter()
     world = World.join()
     set_threads(world)
     try:
-        numbers = evaluate_checkpoint(
-            config, Path(given.checkpoint), world, calibrate=given.calibrate, live=given.live, trees=given.simulate
-        )
+        numbers = evaluate_checkpoint(config, Path(given.checkpoint), world, calibrate=given.calibrate, live=given.live, trees=trees)
     finally:
         world.leave()
     if world.is_main:
@@ -44,5 +50,5 @@ def run(words: Sequence[str]) -> int:
             print(f"tree of depth x top-k x nodes {tree:<12}{length:>8.3f} tokens per round")
         if given.live:
             print(live_table(numbers))
-        print(json.dumps(numbers))
+        print(files.json_line(numbers))
     return 0

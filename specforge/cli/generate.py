@@ -1,13 +1,13 @@
 """`specforge generate --target FOLDER --draft RUN/best --prompt TEXT`: decode with a draft, and say what it brought."""
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from specforge import files
 from specforge.errors import ConfigError
 
 
@@ -21,20 +21,22 @@ def run(words: Sequence[str]) -> int:
     from specforge.cli.contest import Contest, numbers_of, read_prompts
     from specforge.cli.draft import read_draft
     from specforge.decode.sampling import Sampling
+    from specforge.decode.tree import TreeShape
     from specforge.distributed import World
     from specforge.features.target import Target
 
     sampling = Sampling(given.temperature, given.top_k, given.top_p)
+    tree = TreeShape.parse(given.tree) if given.tree else None
     sampled_draft = given.draft_sampling == "sampled"
-    if sampled_draft and (given.temperature == 0 or given.draft in ("ngram", "none")):
+    if sampled_draft and (given.temperature == 0 or given.draft in ("ngram", "none") or tree):
         raise ConfigError(
-            "--draft-sampling sampled: needs --temperature above 0 and a draft that learned, whose distribution it draws from; "
+            "--draft-sampling sampled: needs --temperature above 0, and chains of a draft that learned, whose distribution it draws from; "
             "use --draft-sampling greedy."
         )
     world, folder = World.join(), Path(given.target)
     set_threads(world)
     prompts, tokenizer = read_prompts(folder, given.prompt, given.file, given.max_new_tokens)
-    draft = read_draft(given.draft, folder, given.draft_tokens, allow_other_target=given.allow_other_target)
+    draft = read_draft(given.draft, folder, given.draft_tokens, tree, allow_other_target=given.allow_other_target)
     target = Target.load(folder, given.dtype, world.device)
     contest = Contest(
         target, tokenizer, draft, sampling, sampled_draft=sampled_draft, seed=given.seed, baseline=not given.no_baseline,
@@ -43,12 +45,12 @@ def run(words: Sequence[str]) -> int:
     turns = [contest.turn(prompts[begin : begin + given.batch]) for begin in range(0, len(prompts), given.batch)]
     numbers = {
         "target": given.target, "draft": draft.name, "dtype": given.dtype, "device": world.device.type, "batch": given.batch,
-        "seed": given.seed, "draft_tokens": draft.draft_tokens, "drafts": "chain", "temperature": given.temperature,
-        "top_k": given.top_k, "top_p": given.top_p, "draft_sampling": given.draft_sampling, "bonus_token_counted": True,
-        **numbers_of(contest, turns),
+        "seed": given.seed, "drafts": "tree" if tree else "chain", **({"tree": str(tree)} if tree else {}),
+        "draft_tokens": draft.draft_tokens, "temperature": given.temperature, "top_k": given.top_k, "top_p": given.top_p,
+        "draft_sampling": given.draft_sampling, "bonus_token_counted": True, **numbers_of(contest, turns),
     }  # fmt: skip
     print(_table(numbers))
-    print(json.dumps(numbers))
+    print(files.json_line(numbers))
     return 0
 
 
@@ -62,7 +64,9 @@ def _parser() -> argparse.ArgumentParser:
     asked = parser.add_mutually_exclusive_group(required=True)
     asked.add_argument("--prompt", nargs="+", metavar="TEXT", help="user messages, each a prompt of its own")
     asked.add_argument("--file", metavar="ROWS.jsonl", help="conversations; a closing assistant turn is what the target says anew")
-    parser.add_argument("--draft-tokens", type=int, metavar="K", help="drafts of a round (default: as many as the draft was trained for)")
+    drafts = parser.add_mutually_exclusive_group()
+    drafts.add_argument("--draft-tokens", type=int, metavar="K", help="drafts of a round (default: as many as the draft was trained for)")
+    drafts.add_argument("--tree", metavar="DEPTHxTOP_KxNODES", help="draft trees, such as 4x2x8, instead of chains")
     parser.add_argument("--temperature", type=float, default=0.0, help="0: greedy (default)")
     parser.add_argument("--top-k", type=int, default=0, help="sample from so many tokens; 0: all (default)")
     parser.add_argument("--top-p", type=float, default=1.0, help="sample from the fewest tokens of this mass (default 1: all)")
@@ -79,9 +83,10 @@ def _parser() -> argparse.ArgumentParser:
 def _table(numbers: Mapping[str, Any]) -> str:
     """How a draft did on prompts that were decoded with it, and by the target alone."""
     drafted = numbers["draft_tokens"]
+    kind = f"tree {numbers['tree']} (depth x top-k x nodes)" if "tree" in numbers else f"chain of K={drafted} drafts"
     lines = [
         "",
-        f"{numbers['drafts']} of K={drafted} drafts, temperature {numbers['temperature']:g}, drafts {numbers['draft_sampling']}, "
+        f"{kind}, temperature {numbers['temperature']:g}, drafts {numbers['draft_sampling']}, "
         f"bonus token counted; {numbers['prompts']} prompts, {numbers['new_tokens']} new tokens",
         f"tokens per round {_rate(numbers)}",
     ]

@@ -1,5 +1,6 @@
 """The numbers of an evaluation as a table for people."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -29,7 +30,7 @@ def acceptance_table(numbers: Mapping[str, Any]) -> str:
 def chain_table(numbers: Mapping[str, Any]) -> str:
     """Tokens per round of every chain length."""
     lengths = numbers.get("eval/walk_acc_len_by_draft_tokens", [])
-    return "tokens per round by drafts of a chain: " + ", ".join(f"{k}: {length:.3f}" for k, length in enumerate(lengths, 1))
+    return "tokens per round by drafts of a chain: " + (", ".join(f"{k}: {length:.3f}" for k, length in enumerate(lengths, 1)) or "-")
 
 
 def calibration_table(numbers: Mapping[str, Any]) -> str:
@@ -44,7 +45,7 @@ def calibration_table(numbers: Mapping[str, Any]) -> str:
         ]
         for k, values in enumerate(zip(*columns, strict=True), 1):
             label = f"{version}, " + (f"draft {k}" if k < len(columns[0]) else "survival")
-            lines.append(f"{label:<24}" + "".join(f"{value:>9.3f}" for value in values))
+            lines.append(f"{label:<24}" + "".join(f"{_number(value):>9}" for value in values))
     return "\n".join(lines)
 
 
@@ -58,6 +59,10 @@ def live_table(numbers: Mapping[str, Any]) -> str:
         f"predicted {walk}, decoded {live['tokens_per_round']:.6f} ({live['tokens']} tokens in {live['rounds']} rounds); "
         f"{live['same_answers']} answers said again"
     )
+
+
+def _number(value: float) -> str:
+    return f"{value:.3f}" if math.isfinite(value) else "-"
 
 
 def _row(label: str, numbers: Mapping[str, Any], draft: str, ngram: str) -> str:

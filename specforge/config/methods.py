@@ -56,13 +56,20 @@ class Registered:
     implementation: str
     """`module:class`, imported when a method of this name is built."""
     drafter: str
-    """`module:class` of what decodes with it."""
+    """`module:class` of what decodes with it: `(method, draft_tokens, sampling, generator)`."""
+    tree_drafter: str = ""
+    """`module:class` of what drafts trees with it: `(method, shape)`; empty: it drafts chains alone."""
 
     def load(self) -> Any:
         return _imported(self.implementation)
 
     def load_drafter(self) -> Any:
         return _imported(self.drafter)
+
+    def load_tree_drafter(self) -> Any:
+        if not self.tree_drafter:
+            raise ConfigError(f"{self.implementation}: drafts chains alone; leave --tree and --simulate out.")
+        return _imported(self.tree_drafter)
 
 
 def _imported(path: str) -> Any:
@@ -71,8 +78,11 @@ def _imported(path: str) -> Any:
 
 
 METHODS: dict[str, Registered] = {
-    "eagle3": Registered(Eagle3Options, "specforge.methods.eagle3:Eagle3", "specforge.decode.eagle3:Eagle3Drafter"),
-}
+    "eagle3": Registered(
+        Eagle3Options, "specforge.methods.eagle3:Eagle3", "specforge.decode.eagle3:Eagle3Drafter",
+        tree_drafter="specforge.decode.eagle3_tree:Eagle3TreeDrafter",
+    ),
+}  # fmt: skip
 
 
 def registered(name: str) -> Registered:

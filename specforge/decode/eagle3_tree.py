@@ -3,43 +3,13 @@
 Shapes: B sequences, k beams, C candidates, N nodes with the root, S slots of the cache, H hidden, J slots of earlier depths.
 """
 
-from dataclasses import dataclass
-from typing import Self
-
 import torch
 
 from specforge.decode.drafter import Proposal
 from specforge.decode.eagle3 import Eagle3Drafter
-from specforge.decode.tree import Tree
+from specforge.decode.tree import Tree, TreeShape
 from specforge.errors import ConfigError
 from specforge.methods.eagle3 import Eagle3
-
-
-@dataclass(frozen=True)
-class TreeShape:
-    """How far and how wide a tree grows, and how much of it is verified."""
-
-    depth: int
-    top_k: int
-    """Beams of a depth, and children that each of them is given."""
-    nodes: int
-    """Drafted tokens that are verified."""
-
-    @classmethod
-    def parse(cls, text: str) -> Self:
-        """`4x2x10`: depth, top_k and nodes."""
-        sizes = text.split("x")
-        if len(sizes) != 3 or not all(size.isdecimal() for size in sizes):
-            raise ConfigError(f"tree {text!r}: must be three numbers, DEPTHxTOP_KxNODES, such as 4x2x10.")
-        return cls(*map(int, sizes))
-
-    def __post_init__(self) -> None:
-        candidates = self.top_k + max(self.depth - 1, 0) * self.top_k**2
-        if min(self.depth, self.top_k) < 1 or not self.depth <= self.nodes <= candidates:
-            raise ConfigError(
-                f"tree depth={self.depth}, top_k={self.top_k}, nodes={self.nodes}: depth and top_k must be at least 1, nodes between "
-                f"depth and the {candidates} candidates, top_k + (depth - 1) * top_k^2."
-            )
 
 
 class Eagle3TreeDrafter(Eagle3Drafter):

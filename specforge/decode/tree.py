@@ -1,4 +1,4 @@
-"""The shape of what is verified at once: the last committed token as root, drafted tokens below it.
+"""What is verified at once: the last committed token as root, drafted tokens below it; and how such trees are asked for.
 
 Shapes: B sequences, N nodes (node 0 is the root), K drafts of a chain.
 """
@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import Self
 
 import torch
+
+from specforge.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -39,3 +41,33 @@ class Tree:
             depth_BN = depth_BN + inside_BN
             above_BN = torch.where(inside_BN, parent_BN.gather(1, column_BN), -1)
         return cls(parent_BN, depth_BN, visible_BNN)
+
+
+@dataclass(frozen=True)
+class TreeShape:
+    """How far and how wide a tree grows, and how much of it is verified."""
+
+    depth: int
+    top_k: int
+    """Beams of a depth, and children that each of them is given."""
+    nodes: int
+    """Drafted tokens that are verified."""
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """`4x2x10`: depth, top_k and nodes."""
+        sizes = text.split("x")
+        if len(sizes) != 3 or not all(size.isdecimal() for size in sizes):
+            raise ConfigError(f"tree {text!r}: must be three numbers, DEPTHxTOP_KxNODES, such as 4x2x10.")
+        return cls(*map(int, sizes))
+
+    def __str__(self) -> str:
+        return f"{self.depth}x{self.top_k}x{self.nodes}"
+
+    def __post_init__(self) -> None:
+        candidates = self.top_k + max(self.depth - 1, 0) * self.top_k**2
+        if min(self.depth, self.top_k) < 1 or not self.depth <= self.nodes <= candidates:
+            raise ConfigError(
+                f"tree depth={self.depth}, top_k={self.top_k}, nodes={self.nodes}: depth and top_k must be at least 1, nodes between "
+                f"depth and the {candidates} candidates, top_k + (depth - 1) * top_k^2."
+            )

@@ -16,11 +16,11 @@ from specforge.files.untrusted import (
     read_object,
     shown,
 )
-from specforge.files.writing import relative_link, require_free, writable, write_bytes, write_json, write_text
+from specforge.files.writing import json_line, relative_link, require_free, writable, write_bytes, write_json, write_text
 
 __all__ = [
     "MANIFEST", "MANIFEST_FORMAT", "Fingerprints", "Lock", "check_fields", "discard", "foreign", "inside", "is_a", "is_held",
-    "kinds_of", "new_staging", "open_tensors", "parse_json", "publish", "read_bytes", "read_json", "read_object", "relative_link",
-    "require_free", "sha256_file", "shown", "staging", "sweep", "sweep_all", "verify", "writable", "write_bytes", "write_json",
-    "write_text",
+    "json_line", "kinds_of", "new_staging", "open_tensors", "parse_json", "publish", "read_bytes", "read_json", "read_object",
+    "relative_link", "require_free", "sha256_file", "shown", "staging", "sweep", "sweep_all", "verify", "writable", "write_bytes",
+    "write_json", "write_text",
 ]  # fmt: skip

@@ -1,6 +1,5 @@
 """The numbers of a run: one call writes them to `metrics.jsonl`, to the console and, where wanted, to Weights & Biases."""
 
-import json
 import math
 import time
 import uuid
@@ -51,7 +50,7 @@ class RunLog:
         """Record what was measured after optimiser step `step`. A list holds one number a position."""
         if self._file is None:
             return
-        self._append({"step": step} | {name: _finite(value) for name, value in numbers.items()})
+        self._append({"step": step, **numbers})
         self._last_step = max(self._last_step, step)
         tqdm.write(_console_line(step, numbers))
         if self._wandb is not None:
@@ -83,7 +82,7 @@ class RunLog:
 
     def _append(self, line: dict[str, Any]) -> None:
         assert self._file is not None
-        self._file.write(json.dumps(line | {"time": round(time.time(), 3)}, allow_nan=False) + "\n")
+        self._file.write(files.json_line(line | {"time": round(time.time(), 3)}) + "\n")
 
 
 def read_metrics(path: Path, superseded: bool = True) -> list[dict[str, Any]]:
@@ -164,12 +163,6 @@ def _join_wandb(folder: Path, mode: str, project: str, run_id: str, config: dict
         raise ConfigError(f"log.wandb={mode!r}: Weights & Biases did not start: {error}; log in, or set log.wandb=offline.") from error
     run.define_metric("*", step_metric="step")  # its own counter refuses the steps that a resumed run repeats
     return run
-
-
-def _finite(value: float | list[float]) -> float | list[float | None] | None:
-    if isinstance(value, list):
-        return [x if math.isfinite(x) else None for x in value]
-    return value if math.isfinite(value) else None
 
 
 def _flat(numbers: Numbers) -> dict[str, float]:
