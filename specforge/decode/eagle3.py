@@ -39,7 +39,7 @@ class Eagle3Drafter:
             self._head_DH = head_DH.to(method.draft.fc.weight.dtype)
             self._target_id_D = torch.arange(len(method.draft.d2t), device=head_DH.device) + method.draft.d2t
             self._embedding_VH = method.embedding_VH
-            self._weights = [(layer.qkv_weights(), layer.gate_up_weight()) for layer in method.draft.stack]
+            self._weights = [layer.weights() for layer in method.draft.stack]
 
     def begin(self, prompts: Sequence[np.ndarray], capacity_tokens: int) -> None:
         config, weight, rows = self._draft.config, self._draft.fc.weight, len(prompts)
@@ -99,19 +99,19 @@ class Eagle3Drafter:
         """Outputs [B, M, H] before the final norm; the rows' keys and values go to their slots before any row looks."""
         rows, slots, shape = self._row_B1, visible_BMS.shape[2], hidden_BMH.shape
         hidden, angle_R1C = hidden_BMH.flatten(0, 1), self._angles_S1C[position_BM.flatten()]
-        for layer, (qkv, gate_up_YH), cache_2BSgD in zip(self._draft.stack, self._weights, self._cache_L2BSgD, strict=True):
+        for layer, weights, cache_2BSgD in zip(self._draft.stack, self._weights, self._cache_L2BSgD, strict=True):
             embedded_RX = None
-            if len(qkv) == 2:
+            if weights.embedding_XH is not None:
                 embedded_RH = F.embedding(ids_BM.flatten(), self._embedding_VH).to(hidden.dtype)
-                embedded_RX = F.linear(normalise(embedded_RH, layer.eps), qkv[1])
-            q_RhD, *kv_RgD = layer.queries_keys_values(normalise(hidden, layer.eps), qkv[0], embedded_RX, angle_R1C)
+                embedded_RX = F.linear(normalise(embedded_RH, layer.eps), weights.embedding_XH)
+            q_RhD, *kv_RgD = layer.queries_keys_values(normalise(hidden, layer.eps), weights, embedded_RX, angle_R1C)
             for cache_BSgD, new_RgD in zip(cache_2BSgD, kv_RgD, strict=True):
                 cache_BSgD[rows, slot_BM] = new_RgD.unflatten(0, shape[:2])
             k_BgSD, v_BgSD = cache_2BSgD[:, :, :slots].transpose(2, 3)
             mixed_BhMD = F.scaled_dot_product_attention(
                 q_RhD.unflatten(0, shape[:2]).transpose(1, 2), k_BgSD, v_BgSD, visible_BMS[:, None], scale=1.0, enable_gqa=True
             )
-            hidden = layer.after_attention(hidden, mixed_BhMD.transpose(1, 2).flatten(0, 1), gate_up_YH)
+            hidden = layer.after_attention(hidden, mixed_BhMD.transpose(1, 2).flatten(0, 1), weights)
         return hidden.unflatten(0, shape[:2])
 
     def _logits(self, hidden_XH: torch.Tensor) -> torch.Tensor:

@@ -262,5 +262,5 @@ class Eagle3(nn.Module):
     def _teacher(self, batch: DraftBatch, token_U: torch.Tensor) -> Teacher:
         """The target's distribution at some tokens, exact where the batch has its last hidden state."""
         if not batch.top_ids.numel():
-            return ExactTeacher(batch.last[token_U], self.teacher_head_DH)
+            return ExactTeacher(batch.last.index_select(0, token_U), self.teacher_head_DH)
         return CompressedTeacher(batch.top_ids[token_U], batch.top_log_probs[token_U], self.to_draft_V, len(self.teacher_head_DH))

@@ -23,6 +23,7 @@ from specforge.layers.flex import block_mask, flex_prefix_and_own_attention
 from specforge.layers.norm import normalise
 from specforge.layers.rotary import Rotary, pair_rows, rotate
 from specforge.layers.rows import take_rows, to_device
+from specforge.layers.shared import Shared, linear
 from specforge.layers.swiglu import swiglu
 
 
@@ -73,30 +74,42 @@ class StepRows:
         return cls(token_R, angle_R1C, blocks, [causal_bias(block, token_R, dtype) for block in blocks])
 
 
+@dataclass(frozen=True)
+class LayerWeights:
+    """A layer's projections; the weights of the norms before them are multiplied into their columns."""
+
+    qkv_XH: Shared
+    """q, scaled, k and v below each other, of the hidden state."""
+    embedding_XH: torch.Tensor | None
+    """The same of the embedding; None in layers that see none."""
+    output_HZ: Shared
+    gate_up_YH: Shared
+    down_HI: Shared
+
+
 @dataclass
 class LayerState:
     """What a layer works out once for a batch, and the keys and values that its steps add.
 
-    The weights of the norms are multiplied into the columns of the projections that follow them. Half of the first layer's
-    input is the embedding of a true token, which many steps feed; its share of q, k and v is computed once a token.
+    Half of the first layer's input is the embedding of a true token, which many steps feed; its share of q, k and v is computed
+    once a token.
     """
 
-    qkv_XH: torch.Tensor
-    gate_up_YH: torch.Tensor
+    weights: LayerWeights
     embedded_TX: torch.Tensor | None
     """Share of the embedding of token t+1 in q, k, v; None in layers that see no embedding."""
-    prefix_T2gD: torch.Tensor
-    own_k_RhD: list[torch.Tensor] = field(default_factory=list)
-    own_v_RhD: list[torch.Tensor] = field(default_factory=list)
+    prefix_T2gD: Shared
+    own_k_RhD: list[Shared] = field(default_factory=list)
+    own_v_RhD: list[Shared] = field(default_factory=list)
     """Of the steps after the first, repeated for each query head."""
 
     def keep(self, rows: torch.Tensor) -> None:
-        self.own_k_RhD = [take_rows(k, rows) for k in self.own_k_RhD]
-        self.own_v_RhD = [take_rows(v, rows) for v in self.own_v_RhD]
+        self.own_k_RhD = [Shared(take_rows(k.tensor, rows)) for k in self.own_k_RhD]
+        self.own_v_RhD = [Shared(take_rows(v.tensor, rows)) for v in self.own_v_RhD]
 
     def add(self, k_RgD: torch.Tensor, v_RgD: torch.Tensor, heads: int) -> None:
         for own, part_RgD in ((self.own_k_RhD, k_RgD), (self.own_v_RhD, v_RgD)):
-            own.append(part_RgD[:, :, None].expand(-1, -1, heads // part_RgD.shape[1], -1).flatten(1, 2))
+            own.append(Shared(part_RgD[:, :, None].expand(-1, -1, heads // part_RgD.shape[1], -1).flatten(1, 2)))
 
 
 class Eagle3Layer(nn.Module):
@@ -119,29 +132,28 @@ class Eagle3Layer(nn.Module):
         self.up_proj = nn.Linear(hidden, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, hidden, bias=False)
 
-    def qkv_weights(self) -> list[torch.Tensor]:
-        """Projections of scaled q, k and v below each other: one [X, H] for the hidden state, in the first layer one for the embedding."""
+    def weights(self) -> LayerWeights:
         q, k = (pair_rows(projection.weight, self.head_dim) for projection in (self.q_proj, self.k_proj))
-        whole = torch.cat([q * self.head_dim**-0.5, k, self.v_proj.weight])
+        qkv = torch.cat([q * self.head_dim**-0.5, k, self.v_proj.weight])
         norms = [self.hidden_norm] if self.input_layernorm is None else [self.input_layernorm, self.hidden_norm]
-        return [part * norm.weight for part, norm in zip(whole.chunk(len(norms), 1), norms, strict=True)][::-1]
-
-    def gate_up_weight(self) -> torch.Tensor:
-        return torch.cat([self.gate_proj.weight, self.up_proj.weight]) * self.post_attention_layernorm.weight
+        *embedding_XH, qkv_XH = (part * norm.weight for part, norm in zip(qkv.chunk(len(norms), 1), norms, strict=True))
+        gate_up_YH = torch.cat([self.gate_proj.weight, self.up_proj.weight]) * self.post_attention_layernorm.weight
+        output_HZ, down_HI = Shared(self.o_proj.weight), Shared(self.down_proj.weight)
+        return LayerWeights(Shared(qkv_XH), embedding_XH[0] if embedding_XH else None, output_HZ, Shared(gate_up_YH), down_HI)
 
     def queries_keys_values(
-        self, normed_RH: torch.Tensor, qkv_XH: torch.Tensor, embedded_RX: torch.Tensor | None, angle_R1C: torch.Tensor
+        self, normed_RH: torch.Tensor, weights: LayerWeights, embedded_RX: torch.Tensor | None, angle_R1C: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """q [R, h, D], scaled, and k, v [R, g, D] of `normalise`d states."""
-        qkv_RX = F.linear(normed_RH, qkv_XH) if embedded_RX is None else embedded_RX.addmm(normed_RH, qkv_XH.T)
+        """q [R, h, D], scaled, and k, v [R, g, D] of `normalise`d states; overwrites `embedded_RX`."""
+        qkv_RX = linear(normed_RH, weights.qkv_XH, embedded_RX)
         qk_RhD, v_RgD = qkv_RX.unflatten(-1, (-1, self.head_dim)).split([self.heads + self.groups, self.groups], 1)
         q_RhD, k_RgD = rotate(qk_RhD, angle_R1C).split([self.heads, self.groups], 1)
         return q_RhD, k_RgD, v_RgD
 
-    def after_attention(self, hidden_RH: torch.Tensor, mixed_RhD: torch.Tensor, gate_up_YH: torch.Tensor) -> torch.Tensor:
+    def after_attention(self, hidden_RH: torch.Tensor, mixed_RhD: torch.Tensor, weights: LayerWeights) -> torch.Tensor:
         """Output projection and feed-forward, each added to what went in."""
-        hidden_RH = hidden_RH + self.o_proj(mixed_RhD.flatten(1))
-        return hidden_RH + self.down_proj(swiglu(F.linear(normalise(hidden_RH, self.eps), gate_up_YH)))
+        hidden_RH = hidden_RH + linear(mixed_RhD.flatten(1), weights.output_HZ)
+        return hidden_RH + linear(swiglu(linear(normalise(hidden_RH, self.eps), weights.gate_up_YH)), weights.down_HI)
 
     def mix(self, hidden_RH: torch.Tensor, q_RhD: torch.Tensor, state: LayerState, rows: StepRows) -> torch.Tensor:
         """The layer from its queries on."""
@@ -151,8 +163,9 @@ class Eagle3Layer(nn.Module):
             if rows.mask is None:
                 mixed_RhD = prefix_and_own_attention(q_RhD, state.prefix_T2gD, own_k, own_v, rows.blocks, rows.biases)
             else:
-                mixed_RhD = flex_prefix_and_own_attention(q_RhD, state.prefix_T2gD, own_k, own_v, rows.mask)
-            return self.after_attention(hidden_RH, mixed_RhD, state.gate_up_YH)
+                k_RhD, v_RhD = ([each.tensor for each in own] for own in (own_k, own_v))
+                mixed_RhD = flex_prefix_and_own_attention(q_RhD, state.prefix_T2gD.tensor, k_RhD, v_RhD, rows.mask)
+            return self.after_attention(hidden_RH, mixed_RhD, state.weights)
 
         if self.checkpointing and torch.is_grad_enabled():
             return checkpoint(run, hidden_RH, q_RhD, use_reentrant=False, preserve_rng_state=False)
@@ -204,11 +217,12 @@ class Eagle3Draft(nn.Module):
         """
         hidden, states = fused_TH, list[LayerState]()
         for depth, layer in enumerate(self.stack):
-            qkv_XH, *embedding_XH = layer.qkv_weights()
-            embedded_TX = F.linear(normalise(embedded_TH, layer.eps), embedding_XH[0]) if embedding_XH else None
-            normed_TH = normalise(hidden, layer.eps)
-            q_RhD, k_TgD, v_TgD = layer.queries_keys_values(normed_TH, qkv_XH, embedded_TX, everywhere.angle_R1C)
-            states.append(LayerState(qkv_XH, layer.gate_up_weight(), embedded_TX, torch.stack([k_TgD, v_TgD], 1)))
+            weights, embedded_TX, own_TX = layer.weights(), None, None
+            if weights.embedding_XH is not None:
+                embedded_TX = F.linear(normalise(embedded_TH, layer.eps), weights.embedding_XH)
+                own_TX = embedded_TX.clone()
+            q_RhD, k_TgD, v_TgD = layer.queries_keys_values(normalise(hidden, layer.eps), weights, own_TX, everywhere.angle_R1C)
+            states.append(LayerState(weights, embedded_TX, Shared(torch.stack([k_TgD, v_TgD], 1))))
             if depth == len(self.layers) - 1:
                 q_RhD, hidden = take_rows(q_RhD, rows.token_R), take_rows(hidden, rows.token_R)
                 hidden = layer.mix(hidden, q_RhD, states[-1], rows)
@@ -228,7 +242,7 @@ class Eagle3Draft(nn.Module):
             embedded_RX = None if state.embedded_TX is None else take_rows(state.embedded_TX, fed_R)
             if hidden is not hidden_RH:
                 normed_RH = normalise(hidden, layer.eps)
-            q_RhD, k_RgD, v_RgD = layer.queries_keys_values(normed_RH, state.qkv_XH, embedded_RX, rows.angle_R1C)
+            q_RhD, k_RgD, v_RgD = layer.queries_keys_values(normed_RH, state.weights, embedded_RX, rows.angle_R1C)
             state.add(k_RgD, v_RgD, layer.heads)
             hidden = layer.mix(hidden, q_RhD, state, rows)
         return hidden

@@ -7,6 +7,7 @@ import torch
 from specforge.layers import attention
 from specforge.layers.attention import causal_bias, prefix_and_own_attention
 from specforge.layers.documents import Documents, query_blocks
+from specforge.layers.shared import Shared
 
 GROUPS, PAIRS, WIDTH = 2, 3, 8
 
@@ -49,10 +50,12 @@ def test_blocks_equal_the_dense_form(
     q_RhD, prefix_T2gD = random(len(rows), heads, WIDTH), random(documents.num_tokens, 2, GROUPS, WIDTH)
     own_k, own_v = ([random(len(rows), heads, WIDTH) for _ in range(num_own)] for _ in range(2))
     blocks = query_blocks(documents, rows, block_rows=7)
-    fast = prefix_and_own_attention(
-        q_RhD, prefix_T2gD, own_k, own_v, blocks, [causal_bias(block, token_R, q_RhD.dtype) for block in blocks]
-    )
-    slow = dense(q_RhD, prefix_T2gD, own_k, own_v, token_R, torch.from_numpy(documents.index_T))
+    shared_k, shared_v = ([Shared(x) for x in own] for own in (own_k, own_v))
+    biases = [causal_bias(block, token_R, q_RhD.dtype) for block in blocks]
+    shared, document_T = (Shared(prefix_T2gD), shared_k, shared_v), torch.from_numpy(documents.index_T)
+    queries = (q_RhD, q_RhD.sin())  # two readers of the same keys
+    fast = torch.cat([prefix_and_own_attention(q, *shared, blocks, biases) for q in queries])
+    slow = torch.cat([dense(q, prefix_T2gD, own_k, own_v, token_R, document_T) for q in queries])
     torch.testing.assert_close(fast, slow, rtol=tolerance, atol=tolerance)
     direction, inputs = torch.randn_like(fast), [q_RhD, prefix_T2gD, *own_k, *own_v]
     for got, expected in zip(torch.autograd.grad(fast, inputs, direction), torch.autograd.grad(slow, inputs, direction), strict=True):

@@ -8,6 +8,7 @@ from specforge.errors import ConfigError
 from specforge.layers.attention import causal_bias, prefix_and_own_attention
 from specforge.layers.documents import Documents, query_blocks
 from specforge.layers.flex import BLOCK, block_mask, flex_prefix_and_own_attention
+from specforge.layers.shared import Shared
 
 DOCUMENTS = Documents((200, 37, 1, 300))
 GROUPS, PAIRS, WIDTH = 2, 2, 16
@@ -30,7 +31,8 @@ def both(rows_R: np.ndarray, tensors: list[torch.Tensor]) -> tuple[torch.Tensor,
     own_k, own_v = own[: len(own) // 2], own[len(own) // 2 :]
     token_R, blocks = torch.from_numpy(rows_R).to(q_RhD.device), query_blocks(DOCUMENTS, rows_R)
     biases = [causal_bias(block, token_R, q_RhD.dtype) for block in blocks]
-    plain = prefix_and_own_attention(q_RhD, prefix_T2gD, own_k, own_v, blocks, biases)
+    shared_k, shared_v = ([Shared(x) for x in own] for own in (own_k, own_v))
+    plain = prefix_and_own_attention(q_RhD, Shared(prefix_T2gD), shared_k, shared_v, blocks, biases)
     return flex_prefix_and_own_attention(q_RhD, prefix_T2gD, own_k, own_v, block_mask(DOCUMENTS, rows_R, q_RhD.device)), plain
 
 

@@ -147,7 +147,7 @@ def first_step_in(precision: str, world: World, target_path: Path, folder: Path)
     config = TrainConfig(precision=precision)
     backend = FSDPTrainingBackend(method, config, world)
     computed: set[torch.dtype] = set()
-    method.draft.layers[0].o_proj.register_forward_hook(lambda module, args, output: computed.add(output.dtype))
+    method.draft.fc.register_forward_hook(lambda module, args, output: computed.add(output.dtype))
     window = next(iter(FeatureDataLoader(store, 0, 8, 64, 8, world)))
     loss = torch.zeros(())
     for index, batch in enumerate(window.batches):
