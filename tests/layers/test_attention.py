@@ -53,9 +53,9 @@ def test_blocks_equal_the_dense_form(
     shared_k, shared_v = ([Shared(x) for x in own] for own in (own_k, own_v))
     biases = [causal_bias(block, token_R, q_RhD.dtype) for block in blocks]
     shared, document_T = (Shared(prefix_T2gD), shared_k, shared_v), torch.from_numpy(documents.index_T)
-    queries = (q_RhD, q_RhD.sin())  # two readers of the same keys
-    fast = torch.cat([prefix_and_own_attention(q, *shared, blocks, biases) for q in queries])
-    slow = torch.cat([dense(q, prefix_T2gD, own_k, own_v, token_R, document_T) for q in queries])
+    # Two readers of the same keys.
+    fast = torch.cat([prefix_and_own_attention(q, *shared, blocks, biases) for q in (q_RhD, q_RhD.sin())])
+    slow = torch.cat([dense(q, prefix_T2gD, own_k, own_v, token_R, document_T) for q in (q_RhD, q_RhD.sin())])
     torch.testing.assert_close(fast, slow, rtol=tolerance, atol=tolerance)
     direction, inputs = torch.randn_like(fast), [q_RhD, prefix_T2gD, *own_k, *own_v]
     for got, expected in zip(torch.autograd.grad(fast, inputs, direction), torch.autograd.grad(slow, inputs, direction), strict=True):
