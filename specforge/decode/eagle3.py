@@ -11,9 +11,11 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from specforge.decode.adaptive import AdaptiveLength
 from specforge.decode.drafter import Proposal
 from specforge.decode.sampling import Sampling
 from specforge.decode.tree import Tree
+from specforge.errors import ConfigError
 from specforge.layers.norm import normalise
 from specforge.methods.eagle3 import Eagle3
 
@@ -25,13 +27,26 @@ class Eagle3Drafter:
         draft_tokens: K, at most what it was trained for to be sensible.
         sampling: draw the drafts of a chain from the draft's own distribution; None: its arg-max.
         generator: for the draws.
+        adaptive: draft as many of the K tokens as it says, and propose as many of those.
+
+    Raises:
+        ConfigError: `sampling` and `adaptive`, whose confidence is that of arg-max drafts.
     """
 
     def __init__(
-        self, method: Eagle3, draft_tokens: int, sampling: Sampling | None = None, generator: torch.Generator | None = None
+        self,
+        method: Eagle3,
+        draft_tokens: int,
+        sampling: Sampling | None = None,
+        generator: torch.Generator | None = None,
+        adaptive: AdaptiveLength | None = None,
     ) -> None:
+        if sampling is not None and adaptive is not None:
+            raise ConfigError(
+                "adaptive draft length: is calibrated for arg-max drafts; draft greedily, or sample a fixed number of drafts."
+            )
         self.draft_nodes = self._spare_slots = draft_tokens
-        self._sampling, self._generator = sampling, generator
+        self._sampling, self._generator, self._adaptive = sampling, generator, adaptive
         self._draft = method.draft
         self.layer_ids = method.draft.config.aux_layer_ids
         head_DH = method.teacher_head_DH if method.draft.lm_head is None else method.draft.lm_head.weight
@@ -51,6 +66,8 @@ class Eagle3Drafter:
         self._row_B1 = torch.arange(rows, device=weight.device)[:, None]
         self._last_BH = torch.zeros(rows, config.hidden_size, dtype=weight.dtype, device=weight.device)
         self._lengths = [0] * rows
+        if self._adaptive is not None:
+            self._adaptive.begin(rows)
 
     @torch.no_grad()
     def extend(self, next_ids_BM: torch.Tensor, aux_BMF: torch.Tensor, counts: Sequence[int]) -> None:
@@ -64,12 +81,20 @@ class Eagle3Drafter:
         count_B1 = torch.tensor(counts, device=self._slot_S.device)[:, None]
         last_BH = hidden_BMH[self._row_B1, (count_B1 - 1).clamp_min(0)][:, 0]
         self._last_BH = torch.where(count_B1 > 0, last_BH, self._last_BH)
+        if self._adaptive is not None:
+            self._adaptive.saw(counts)
 
     @torch.no_grad()
     def propose(self) -> Proposal:
         slot_B1 = torch.tensor(self._lengths, device=self._slot_S.device)[:, None]
         hidden_BH, ids, probabilities = self._last_BH, list[torch.Tensor](), list[torch.Tensor]()
-        for step in range(self.draft_nodes):
+        if self._adaptive is not None:
+            self._adaptive.start()
+        while len(ids) < self.draft_nodes and (self._adaptive is None or self._adaptive.goes_on()):
+            if ids:
+                visible_B1S = self._slot_S[: max(self._lengths) + len(ids)] <= slot_B1[..., None]
+                hidden_BH = self._rows(self._fed(hidden_BH)[:, None], ids[-1][:, None], slot_B1, slot_B1, visible_B1S)[:, 0]
+                slot_B1 = slot_B1 + 1
             logits_BD = self._logits(hidden_BH)
             if self._sampling is None:
                 drawn_B = logits_BD.argmax(-1)
@@ -77,12 +102,12 @@ class Eagle3Drafter:
                 drawn_B, probabilities_BV = self._drawn(logits_BD, self._sampling)
                 probabilities.append(probabilities_BV)
             ids.append(self._target_id_D[drawn_B])
-            if step + 1 < self.draft_nodes:
-                visible_B1S = self._slot_S[: max(self._lengths) + step + 1] <= slot_B1[..., None]
-                hidden_BH = self._rows(self._fed(hidden_BH)[:, None], ids[-1][:, None], slot_B1, slot_B1, visible_B1S)[:, 0]
-                slot_B1 = slot_B1 + 1
-        tree = Tree.chain(len(hidden_BH), self.draft_nodes, hidden_BH.device)
-        return Proposal(torch.stack(ids, 1), tree, torch.stack(probabilities, 1) if probabilities else None)
+            if self._adaptive is not None:
+                self._adaptive.drafted(logits_BD.float().softmax(-1).amax(-1).tolist())
+        verified = len(ids) if self._adaptive is None else self._adaptive.verified()
+        ids_BK = torch.stack(ids[:verified], 1) if verified else slot_B1[:, :0]
+        tree = Tree.chain(len(hidden_BH), verified, hidden_BH.device)
+        return Proposal(ids_BK, tree, torch.stack(probabilities, 1) if probabilities else None)
 
     def _fed(self, hidden_XH: torch.Tensor) -> torch.Tensor:
         """What the row after an output is fed of it."""
