@@ -22,7 +22,7 @@ def run(words: Sequence[str]) -> int:
     parser.add_argument(
         "--simulate", nargs="+", default=(), metavar="DEPTHxTOP_KxNODES", help="tokens per round of draft trees, without running the target"
     )
-    given = parser.parse_args(words)
+    given = parser.parse_intermixed_args(words)
     if given.live < 0:
         raise ConfigError(f"--live {given.live}: must not be negative; 0 decodes nothing.")
     config = load_config(given.config, given.overrides)

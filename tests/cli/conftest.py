@@ -5,6 +5,9 @@ from pathlib import Path
 import pytest
 
 from specforge.cli.__main__ import main
+from specforge.cli.compose import build_controller
+from specforge.config import load_config
+from specforge.distributed import World
 from tests.texts import make_text_target, write_rows
 
 
@@ -22,3 +25,12 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]
     settings += [f"data.train_path={folder / 'train.jsonl'}", f"data.eval_path={folder / 'heldout.jsonl'}"]
     settings += ["train.batch_samples=4", "train.learning_rate=1e-2", "train.log_every=1", "eval.bootstrap=20"]
     return folder, settings
+
+
+@pytest.fixture(scope="session")
+def trained(prepared: tuple[Path, list[str]], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run whose draft is right about one time in six; its checkpoint is `run-step40`."""
+    folder, settings = prepared
+    run = tmp_path_factory.mktemp("trained") / "run"
+    build_controller(load_config(folder / "c.yaml", [*settings, f"output_dir={run}", "train.steps=40"]), World()).fit()
+    return run

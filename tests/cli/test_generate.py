@@ -13,14 +13,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from specforge import files
 from specforge.cli.__main__ import main
-from specforge.cli.compose import build_controller
 from specforge.cli.contest import Contest, Turn, numbers_of, read_prompts
 from specforge.cli.draft import Draft
 from specforge.cli.streaming import Detokeniser, Printer
-from specforge.config import load_config
 from specforge.decode.engine import Decoded
 from specforge.decode.sampling import Sampling
-from specforge.distributed import World
 from specforge.features.target import Target
 from tests.texts import make_text_target, write_rows
 
@@ -33,13 +30,9 @@ def target(prepared: tuple[Path, list[str]]) -> Path:
     return prepared[0] / "target"
 
 
-@pytest.fixture(scope="module")
-def run(prepared: tuple[Path, list[str]], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of two steps."""
-    folder, settings = prepared
-    run = tmp_path_factory.mktemp("generate") / "run"
-    build_controller(load_config(folder / "c.yaml", [*settings, f"output_dir={run}", "train.steps=2"]), World()).fit()
-    return run
+@pytest.fixture
+def run(trained: Path) -> Path:
+    return trained
 
 
 def generate(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[str, dict[str, Any], str]:
@@ -47,7 +40,11 @@ def generate(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[str, d
     assert main(["generate", *(str(word) for word in words)]) == 0
     out, err = capsys.readouterr()
     text, _, last = out.rstrip("\n").rpartition("\n")
-    return text, json.loads(last), err
+    return text, json.loads(last, parse_constant=no_number), err
+
+
+def no_number(word: str) -> float:
+    raise AssertionError(f"{word} is not JSON")
 
 
 def refused(capsys: pytest.CaptureFixture[str], code: int, *words: object) -> str:
@@ -87,6 +84,34 @@ def test_greedy_text_is_the_targets(batch: int, target: Path, run: Path, capsys:
             assert "speed_up" not in numbers and numbers["tokens_per_round"] == 1
 
 
+@pytest.mark.parametrize("batch", [1, 2])
+def test_trees(batch: int, target: Path, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The text is the target's, one beam makes the rounds of the chain, and more beams make fewer."""
+    words = ("--target", target, "--draft", run / "latest", "--max-new-tokens", 60, "--batch", batch, "--prompt", *PROMPTS)
+    expected = expected_texts(target, 60)
+    chain = generate(capsys, *words, "--draft-tokens", 2)[1]
+    rounds = {}
+    for shape in ("2x1x2", "2x4x12"):
+        text, numbers, _ = generate(capsys, *words, "--tree", shape, "--no-baseline")
+        assert text.startswith(expected)
+        assert f"\ntree {shape} (depth x top-k x nodes), temperature 0, drafts greedy, bonus token counted; 2 prompts" in text
+        assert (numbers["drafts"], numbers["tree"], numbers["draft_tokens"]) == ("tree", shape, 2)
+        assert len(numbers["histogram"]) == 3 and len(numbers["survival"]) == len(numbers["alpha"]) == 2, "by depth"
+        assert sum(numbers["histogram"]) == numbers["rounds"]
+        assert numbers["survival"] == pytest.approx([sum(numbers["histogram"][k:]) / numbers["rounds"] for k in (1, 2)])
+        rounds[shape] = numbers["rounds"]
+        if shape == "2x1x2":
+            assert [numbers[name] for name in ("histogram", "survival", "alpha")] == [chain[n] for n in ("histogram", "survival", "alpha")]
+    assert (chain["drafts"], chain["draft_tokens"]) == ("chain", 2) and "tree" not in chain
+    assert rounds["2x4x12"] < rounds["2x1x2"] == chain["rounds"] < chain["tokens"]
+
+
+def test_trees_of_sampled_texts(target: Path, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("--target", target, "--draft", run / "latest", "--max-new-tokens", 12, "--prompt", PROMPTS[0], "--no-baseline")
+    said = [generate(capsys, *words, "--tree", "3x2x6", "--temperature", 1, "--seed", seed)[0].split("\n\ntree")[0] for seed in (0, 0, 1)]
+    assert said[0] == said[1] != said[2]
+
+
 def test_rows_of_two_domains(target: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = write_rows(tmp_path / "rows.jsonl", 5)
     words = ("--target", target, "--draft", "ngram", "--file", rows, "--max-new-tokens", 12, "--batch", 2, "--draft-tokens", 2)
@@ -108,20 +133,8 @@ def test_a_text_ends_with_the_targets_positions(target: Path, capsys: pytest.Cap
 
 
 def test_sampled_drafts(target: Path, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = (
-        "--target",
-        target,
-        "--draft",
-        run / "latest",
-        "--max-new-tokens",
-        16,
-        "--temperature",
-        1,
-        "--top-k",
-        20,
-        "--prompt",
-        PROMPTS[0],
-    )
+    asked = ("--target", target, "--draft", run / "latest", "--prompt", PROMPTS[0])
+    words = (*asked, "--max-new-tokens", 16, "--temperature", 1, "--top-k", 20)
     texts = [generate(capsys, *words, "--draft-sampling", "sampled", "--draft-tokens", 2, "--seed", seed)[:2] for seed in (0, 0, 1)]
     assert texts[0][1]["draft_sampling"] == "sampled" and texts[0][1]["draft_tokens"] == 2
     assert "same_texts" not in texts[0][1], "samples are not compared"
@@ -196,15 +209,58 @@ def test_a_target_that_does_not_fit(
     assert said in err
 
 
-def test_refusals(target: Path, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ("--target", target, "--draft", run / "latest", "--prompt", "the cat")
-    err = refused(capsys, 3, *words[:-1], "a", "the " * 200)
-    assert "'prompt-2'" in err and "max_position_embeddings=128" in err
-    assert "--temperature above 0" in refused(capsys, 2, *words, "--draft-sampling", "sampled")
-    ngram = ("--target", target, "--draft", "ngram", "--prompt", "the cat")
-    assert "a draft that learned" in refused(capsys, 2, *ngram, "--draft-sampling", "sampled", "--temperature", 1)
-    assert "--draft-tokens 0" in refused(capsys, 2, *words, "--draft-tokens", 0)
-    assert "--batch 0" in refused(capsys, 2, *words, "--batch", 0)
+@pytest.mark.parametrize(
+    ("draft", "more", "said"),
+    [
+        ("latest", ["--draft-tokens", 0], "--draft-tokens 0: must be at least 1"),
+        ("ngram", ["--draft-tokens", -1], "--draft-tokens -1: must be at least 1"),
+        ("none", ["--draft-tokens", 3], "draft 'none' drafts nothing"),
+        ("latest", ["--batch", 0], "--batch 0: must be at least 1"),
+        ("latest", ["--max-new-tokens", 0], "--max-new-tokens 0: must be at least 1"),
+        ("latest", ["--temperature", -1], "temperature=-1.0: must be 0"),
+        ("latest", ["--temperature", 1, "--top-k", -1], "top_k=-1: must not be negative"),
+        ("latest", ["--temperature", 1, "--top-p", 0], "top_p=0.0: must lie in (0, 1]"),
+        ("latest", ["--draft-sampling", "sampled"], "needs --temperature above 0"),
+        ("ngram", ["--draft-sampling", "sampled", "--temperature", 1], "chains of a draft that learned"),
+        ("none", ["--draft-sampling", "sampled", "--temperature", 1], "chains of a draft that learned"),
+        ("latest", ["--draft-sampling", "sampled", "--temperature", 1, "--tree", "3x2x6"], "chains of a draft that learned"),
+        ("ngram", ["--tree", "3x2x6"], "--tree 3x2x6: draft 'ngram' drafts no trees; leave --tree out"),
+        ("none", ["--tree", "3x2x6"], "--tree 3x2x6: draft 'none' drafts no trees"),
+        ("latest", ["--tree", "3x2"], "tree '3x2': must be three numbers, DEPTHxTOP_KxNODES"),
+        ("latest", ["--tree", "3x2x2"], "nodes between depth and the 10 candidates"),
+        ("latest", ["--tree", "2x101x150"], "tree top_k=101: the draft knows 100 tokens"),
+    ],
+)
+def test_settings_out_of_range(
+    draft: str, more: list[object], said: str, target: Path, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = run / "latest" if draft == "latest" else draft
+    assert said in refused(capsys, 2, "--target", target, "--draft", name, "--prompt", "the cat", *more)
+
+
+def test_one_kind_of_drafts(target: Path, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["generate", "--target", target, "--draft", run / "latest", "--prompt", "a", "--tree", "3x2x6", "--draft-tokens", 3]
+    with pytest.raises(SystemExit):
+        main([str(word) for word in words])
+    assert "--draft-tokens: not allowed with argument --tree" in capsys.readouterr().err
+
+
+def test_prompts_that_leave_no_room(target: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The longest prompt that leaves room for one token is decoded; one token more is refused, before any prompt is decoded."""
+    [short] = read_prompts(target, ["mat"], None, 1)[0]
+    room = 128 - len(short.prompt_ids)
+    longest, longer = ("mat" + " the" * (room - 1), "mat" + " the" * room)
+    assert len(read_prompts(target, [longest], None, 9)[0][0].prompt_ids) == 127
+    words = ("--target", target, "--draft", run / "latest")
+    assert generate(capsys, *words, "--prompt", longest, "--max-new-tokens", 9)[1]["new_tokens"] == 1
+    said = "its 128 tokens and one new one exceed the target's max_position_embeddings=128; shorten it or leave it out."
+    assert f"prompt 'prompt-2': {said}" in refused(capsys, 3, *words, "--prompt", "a", longer)
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"id": "row-7", "conversations": [{"role": "user", "content": longer}]}) + "\n")
+    assert f"prompt 'row-7': {said}" in refused(capsys, 3, *words, "--file", rows)
+
+
+def test_a_checkpoint_that_is_not_there(target: Path, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "no complete checkpoint" in refused(capsys, 5, "--target", target, "--draft", run / "step9", "--prompt", "a")
 
 
@@ -220,8 +276,8 @@ def test_another_target_than_the_drafts(target: Path, run: Path, tmp_path: Path,
 def test_a_checkpoint_that_knows_no_target_is_not_checked(
     target: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    old = tmp_path / "run-step2"
-    shutil.copytree(run / "run-step2", tmp_path / "staged", ignore=shutil.ignore_patterns(files.MANIFEST))
+    old = tmp_path / "run-step40"
+    shutil.copytree(run / "run-step40", tmp_path / "staged", ignore=shutil.ignore_patterns(files.MANIFEST))
     state = json.loads((tmp_path / "staged" / "state.json").read_text())
     assert len(state["settings"].pop("target_fingerprint")) == 64
     (tmp_path / "staged" / "state.json").write_text(json.dumps(state))
