@@ -86,13 +86,16 @@ def draft(words: Sequence[str], run: Path, scratch: Path) -> torch.Tensor:
 
 
 def assert_the_run_of_one_process(words: Sequence[str], run: Path, scratch: Path) -> None:
+    """Equal but for rounding. Adam divides an entry's first gradient by its own size, so where that is rounding alone, the step is not:
+    with other micro-batches in one process, too, ten entries have 0.999 of the squared error."""
     one = Path(words[0]).parent / "one"
     assert len(losses(run)) == STEPS
     torch.testing.assert_close(losses(run), losses(one), rtol=1e-6, atol=0)
     expected = draft(words, one, scratch / "expected")
-    error = (draft(words, run, scratch / "got") - expected).norm() / expected.norm()
-    # 1.4e-6 was measured: probably the rounding of small gradients, which AdamW enlarges.
-    assert error < 5e-6, f"relative error {error:.1e}"
+    squares = (draft(words, run, scratch / "got") - expected).square().sort().values
+    most, ten = (float(part.sum().sqrt() / expected.norm()) for part in (squares[:-10], squares[-10:]))
+    assert most < 1e-6, f"relative error without the ten largest {most:.1e}"
+    assert ten < 5e-6, f"relative error of these ten {ten:.1e}"
 
 
 def test_two_torchrun_agents_are_two_nodes(words: list[str], tmp_path: Path) -> None:
