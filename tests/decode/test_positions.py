@@ -1,6 +1,7 @@
 """Texts that end with the target's positions: drafts reach beyond them and change nothing. And positions that cannot be told."""
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,11 +9,14 @@ import torch
 import transformers as hf
 
 from specforge.decode.drafter import Drafter, NgramDrafter, NoDrafter, Proposal
+from specforge.decode.eagle3 import Eagle3Drafter
+from specforge.decode.eagle3_tree import Eagle3TreeDrafter
 from specforge.decode.engine import Decoder
 from specforge.decode.session import TargetSession
-from specforge.decode.tree import Tree
+from specforge.decode.tree import Tree, TreeShape
 from specforge.errors import ConfigError
 from specforge.features.target import Target
+from tests import tiny
 
 POSITIONS, VOCAB = 32, 48
 SMALL = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
@@ -80,6 +84,20 @@ def test_a_text_may_fill_all_positions(kind: str) -> None:
     for drafter in drafters:
         texts = Decoder(target, drafter).decode(prompts, limits)
         assert [text.ids for text in texts] == expected, type(drafter)
+
+
+def test_a_learned_draft_beside_learned_positions(tmp_path: Path) -> None:
+    """From features of such a target to chains and trees that reach beyond its positions."""
+    torch.manual_seed(0)
+    sizes = {**GPT2, "vocab_size": tiny.VOCAB, "n_layer": 4}
+    hf.GPT2LMHeadModel(hf.GPT2Config(**sizes, bos_token_id=1, eos_token_id=2)).save_pretrained(tmp_path / "target")
+    store = tiny.make_store(tmp_path / "store", tmp_path / "target", tiny.make_samples([30, 12, 32, 25]))
+    method = tiny.train(tiny.make_method(tmp_path / "target", store, draft_tokens=4), store)
+    target, prompts = Target.load(tmp_path / "target", "float32"), [np.arange(3, 12), np.arange(5, 10)]
+    limits = [POSITIONS - len(prompt) for prompt in prompts]
+    expected = [plain_text(target, prompt, limit) for prompt, limit in zip(prompts, limits, strict=True)]
+    for drafter in (Eagle3Drafter(method, 4), Eagle3TreeDrafter(method, TreeShape(4, 2, 8))):
+        assert [text.ids for text in Decoder(target, drafter).decode(prompts, limits)] == expected
 
 
 ALIBI = {
