@@ -1,5 +1,6 @@
 """The same prompts decoded with a draft and by the target alone, turn by turn, so that one run compares both."""
 
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,16 +12,18 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from specforge.cli.draft import Draft
-from specforge.cli.inputs import build_encoder, load_tokenizer
+from specforge.cli.inputs import load_tokenizer
 from specforge.cli.streaming import Printer
 from specforge.config.schema import ModelConfig, RunConfig
 from specforge.data.conversations import Row, prompt_of, read_rows
+from specforge.data.template import Encoder
 from specforge.decode.drafter import Drafter, NoDrafter
 from specforge.decode.engine import Decoded, Decoder
 from specforge.decode.sampling import Sampling
 from specforge.decode.session import TargetSession
 from specforge.decode.statistics import Rounds, mean_of_texts
 from specforge.errors import DataError
+from specforge.eval.acceptance import answers
 from specforge.features.regenerate import end_token_ids
 from specforge.features.tables import TargetConfig
 from specforge.features.target import Target
@@ -53,25 +56,36 @@ def read_prompts(
     """Each text as a user's message, or each row up to its closing answer, under the target's chat template.
 
     Raises:
-        DataError: a prompt leaves no room for one new token in the target's positions.
+        DataError: a row asks nothing, or leaves no room for one new token in the target's positions.
     """
     room = TargetConfig.read(target_path).max_position_embeddings
-    config = RunConfig(model=ModelConfig(target_path=str(target_path)))
-    encoder = build_encoder(config)
+    tokenizer = load_tokenizer(RunConfig(model=ModelConfig(target_path=str(target_path))))
+    encoder = Encoder(tokenizer, max_length=sys.maxsize)
     if rows_path is None:
         rows = [Row(f"prompt-{number}", messages=[{"role": "user", "content": text}]) for number, text in enumerate(texts or (), 1)]
     else:
         rows = read_rows(rows_path)
     prompts = []
     for row in rows:
-        ids_S = encoder.prompt_ids(prompt_of(row), row.tools).astype(np.int64)
+        ids_S = _prompt_ids(row, encoder).astype(np.int64)
         if len(ids_S) >= room:
             raise DataError(
                 f"prompt {row.id!r}: its {len(ids_S)} tokens and one new one exceed the target's max_position_embeddings={room}; "
                 "shorten it or leave it out."
             )
         prompts.append(Asked(row.id, row.domain, ids_S, min(max_new_tokens, room - len(ids_S))))
-    return prompts, load_tokenizer(config)
+    return prompts, tokenizer
+
+
+def _prompt_ids(row: Row, encoder: Encoder) -> np.ndarray:
+    """The messages before the closing answer or, of a row of tokens, all that comes before the last supervised run."""
+    if row.input_ids is None:
+        return encoder.prompt_ids(prompt_of(row), row.tools)
+    sample = encoder.encode(row)
+    first = [len(sample.input_ids), *(first for first, _ in answers(sample.loss_mask))][-1]
+    if first == 0:
+        raise DataError(f"Row {row.id!r} holds an answer only: nothing is asked; give it a prompt or leave it out.")
+    return sample.input_ids[:first]
 
 
 class Contest:

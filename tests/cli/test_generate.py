@@ -16,6 +16,7 @@ from specforge.cli.__main__ import main
 from specforge.cli.contest import Contest, Turn, numbers_of, read_prompts
 from specforge.cli.draft import Draft
 from specforge.cli.streaming import Detokeniser, Printer
+from specforge.data.conversations import read_rows
 from specforge.decode.engine import Decoded
 from specforge.decode.sampling import Sampling
 from specforge.features.target import Target
@@ -258,6 +259,31 @@ def test_prompts_that_leave_no_room(target: Path, run: Path, tmp_path: Path, cap
     rows = tmp_path / "rows.jsonl"
     rows.write_text(json.dumps({"id": "row-7", "conversations": [{"role": "user", "content": longer}]}) + "\n")
     assert f"prompt 'row-7': {said}" in refused(capsys, 3, *words, "--file", rows)
+
+
+def test_rows_that_were_answered_are_asked_again(
+    prepared: tuple[Path, list[str]], target: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Rows that `prepare --regenerate` wrote hold tokens: the target says their answers again, with any draft."""
+    answered = prepared[0] / "heldout.jsonl"
+    stored = {row.id: row for row in read_rows(answered)}
+    [*prompts], _ = read_prompts(target, None, str(answered), 12)
+    for prompt in prompts:
+        row = stored[prompt.id]
+        assert row.input_ids is not None and row.loss_mask is not None
+        assert prompt.prompt_ids.tolist() == row.input_ids[: row.loss_mask.index(1)]
+    _, numbers, _ = generate(capsys, "--target", target, "--draft", run / "latest", "--file", answered, "--max-new-tokens", 12)
+    assert numbers["tokens"] == sum(sum(row.loss_mask or []) - 1 for row in stored.values())
+    assert numbers["same_texts"] == 6 and numbers["domains"].keys() == {"a", "b"}
+
+    for mask, said in (([1, 1, 1], "'t' holds an answer only: nothing is asked"), ([0, 1], "loss_mask")):
+        rows = tmp_path / "tokens.jsonl"
+        rows.write_text(json.dumps({"id": "t", "input_ids": [5, 6, 7], "loss_mask": mask}) + "\n")
+        assert said in refused(capsys, 3, "--target", target, "--draft", "ngram", "--file", rows)
+    rows.write_text(json.dumps({"id": "t", "input_ids": [5, 6, 999], "loss_mask": [0, 0, 1]}) + "\n")
+    assert "input_ids reach from 5 to 999" in refused(capsys, 3, "--target", target, "--draft", "ngram", "--file", rows)
+    rows.write_text(json.dumps({"id": "t", "input_ids": [5, 6, 7, 8, 9], "loss_mask": [0, 1, 0, 0, 1]}) + "\n")
+    assert read_prompts(target, None, str(rows), 3)[0][0].prompt_ids.tolist() == [5, 6, 7, 8], "the last answer is asked for"
 
 
 def test_a_checkpoint_that_is_not_there(target: Path, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
