@@ -43,7 +43,9 @@ class TargetConfig:
         if not path.exists():
             raise FeatureError(f"model.target_path={str(folder)!r}: there is no config.json; give a Hugging Face model folder.")
         _check_counts(files.read_object(path, FeatureError), path)
-        with files.foreign(path, FeatureError, "model.target_path must be a Hugging Face model folder"):
+        with files.foreign(
+            path, FeatureError, "model.target_path must be a Hugging Face folder of a language model with rotary or learned positions"
+        ):
             found = cls._of(AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False), folder)
         files.check_fields(vars(found), str(path), FeatureError, **files.kinds_of(cls))
         return found

@@ -14,7 +14,8 @@ from specforge.decode.eagle3_tree import Eagle3TreeDrafter
 from specforge.decode.engine import Decoder
 from specforge.decode.session import TargetSession
 from specforge.decode.tree import Tree, TreeShape
-from specforge.errors import ConfigError
+from specforge.errors import ConfigError, FeatureError
+from specforge.features.tables import TargetConfig
 from specforge.features.target import Target
 from tests import tiny
 
@@ -111,6 +112,13 @@ ALIBI = {
 def test_positions_that_cannot_be_told_are_refused_by_name(name: str) -> None:
     with pytest.raises(ConfigError, match=rf"{name} works out positions by itself \(ALiBi\).*rotary or learned"):
         Decoder(make_target(ALIBI[name]), NgramDrafter(3)).decode([np.arange(3, 9)], 8)
+
+
+def test_alibi_folders_are_refused_by_name(tmp_path: Path) -> None:
+    """The command line does not come as far as the model: its configuration names no number of positions."""
+    hf.BloomConfig(vocab_size=VOCAB, hidden_size=32, n_layer=3, n_head=4).save_pretrained(tmp_path)
+    with pytest.raises(FeatureError, match=r"BloomConfig.*max_position_embeddings.*rotary or learned positions"):
+        TargetConfig.read(tmp_path)
 
 
 def test_windows_that_are_measured_between_slots_are_refused_by_name() -> None:
