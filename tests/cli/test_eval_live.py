@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,10 @@ import pytest
 from specforge.cli.__main__ import main
 from specforge.cli.compose import evaluate_checkpoint
 from specforge.config import load_config
+from specforge.config.methods import METHODS
 from specforge.decode.tree import TreeShape
 from specforge.distributed import World
+from specforge.features.target import Target
 from specforge.log.run_log import read_metrics
 from tests.ranks import run_ranks
 
@@ -112,3 +115,18 @@ def test_what_cannot_be_decoded_is_refused_at_once(trained: Path, capsys: pytest
         assert main([*words, *more]) == 2
         out, err = capsys.readouterr()
         assert said in err and not out
+
+
+def test_a_method_that_drafts_chains_alone(trained: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who drafts trees is said by the registry; no command knows a method by its name."""
+    monkeypatch.setitem(METHODS, "eagle3", replace(METHODS["eagle3"], tree_drafter=""))
+    target = load_config(trained / "config.yaml").model.target_path
+    for words in (
+        ["eval", trained / "config.yaml", "--checkpoint", trained / "latest", "--simulate", "3x2x6"],
+        ["generate", "--target", target, "--draft", trained / "latest", "--prompt", "a", "--tree", "3x2x6"],
+    ):
+        loads = Target.loads
+        assert main([str(word) for word in words]) == 2
+        assert Target.loads == loads, "refused before any work"
+        out, err = capsys.readouterr()
+        assert "drafts chains alone; leave --tree and --simulate out" in err and not out
