@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from specforge.layers.documents import QueryBlock
-from specforge.layers.shared import Shared
+from specforge.layers.shared import GradientSum, Shared
 
 KEPT_KEYS = 512
 
@@ -40,7 +40,7 @@ def prefix_and_own_attention(
         [R, h, D].
     """
     shared = [prefix_T2gD, *own_k_RhD, *own_v_RhD]
-    return _PrefixAndOwnAttention.apply(blocks, biases, shared, q_RhD, *(each.tensor for each in shared))
+    return _PrefixAndOwnAttention.apply(blocks, biases, [each.grad for each in shared], q_RhD, *(each.tensor for each in shared))
 
 
 def causal_bias(block: QueryBlock, token_R: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -58,7 +58,7 @@ class _PrefixAndOwnAttention(torch.autograd.Function):
         ctx: Any,
         blocks: Sequence[QueryBlock],
         biases: Sequence[torch.Tensor],
-        shared: Sequence[Shared],
+        sums: Sequence[GradientSum],
         q_RhD: torch.Tensor,
         prefix_T2gD: torch.Tensor,
         *own: torch.Tensor,
@@ -77,7 +77,7 @@ class _PrefixAndOwnAttention(torch.autograd.Function):
         for index, v_RhD in enumerate(own_v):
             out_RhD.addcmul_(own_weights_RhJ[..., index, None], v_RhD)
         ctx.save_for_backward(q_RhD, q_gND, prefix_T2gD, own_scores_gNJ, own_weights_RhJ, out_RhD, *own, *biases, *kept)
-        ctx.blocks, ctx.shared = blocks, shared
+        ctx.blocks, ctx.sums = blocks, sums
         return out_RhD
 
     @staticmethod
@@ -89,10 +89,10 @@ class _PrefixAndOwnAttention(torch.autograd.Function):
         k_gTD, v_gTD = prefix_T2gD.permute(1, 2, 0, 3)
         along_Rh1 = (grad_RhD * out_RhD).sum(-1, keepdim=True)
         grad_gND, along_gN1 = (_by_group(x, len(k_gTD)) for x in (grad_RhD, along_Rh1))
-        grad_q_gND, (prefix, *own) = torch.empty_like(q_gND), ctx.shared
-        if prefix.grad is None:
-            prefix.grad = torch.zeros_like(prefix_T2gD)
-        grad_k_gTD, grad_v_gTD = prefix.grad.permute(1, 2, 0, 3)
+        grad_q_gND, (of_prefix, *of_own) = torch.empty_like(q_gND), ctx.sums
+        if of_prefix.total is None:
+            of_prefix.total = torch.zeros_like(prefix_T2gD)
+        grad_k_gTD, grad_v_gTD = of_prefix.total.permute(1, 2, 0, 3)
         each_block = _each_block(ctx.blocks, biases, q_gND, own_scores_gNJ, grad_gND, along_gN1, grad_q_gND)
         for (block, bias, q, own_scores, grad, along, grad_q), weights_gNK in zip(each_block, kept, strict=True):
             k, v = k_gTD[:, block.keys], v_gTD[:, block.keys]
@@ -107,9 +107,9 @@ class _PrefixAndOwnAttention(torch.autograd.Function):
         for index, k_RhD in enumerate(own_k):
             grad_q_RhD.addcmul_(own_grad_RhJ[..., index, None], k_RhD)
         for index in range(num_own):
-            own[index].add_scaled(own_grad_RhJ[..., index, None], q_RhD)
-            own[num_own + index].add_scaled(own_weights_RhJ[..., index, None], grad_RhD)
-        return None, None, None, grad_q_RhD, *[None] * len(ctx.shared)
+            of_own[index].add_scaled(own_grad_RhJ[..., index, None], q_RhD)
+            of_own[num_own + index].add_scaled(own_weights_RhJ[..., index, None], grad_RhD)
+        return None, None, None, grad_q_RhD, *[None] * len(ctx.sums)
 
 
 def _by_group(x_RhX: torch.Tensor, groups: int) -> torch.Tensor:

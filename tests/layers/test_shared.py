@@ -1,5 +1,8 @@
 """Readers that add up one gradient against autograd, which adds up theirs."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 
@@ -38,7 +41,7 @@ def test_what_needs_no_gradient_gets_none() -> None:
     x_RI, weight_OI, _ = inputs()
     shared = Shared(weight_OI.detach())
     linear(x_RI, shared).sum().backward()
-    assert shared.grad is None and shared.tensor.grad is None
+    assert shared.grad.total is None and shared.tensor.grad is None
     torch.testing.assert_close(x_RI.grad, weight_OI.detach().sum(0).expand(5, 3))
 
 
@@ -46,3 +49,17 @@ def test_a_product_on_top_overwrites_what_it_is_given() -> None:
     x_RI, weight_OI, onto_RO = inputs()
     with torch.no_grad():
         assert linear(x_RI, Shared(weight_OI), onto_RO).data_ptr() == onto_RO.data_ptr()
+
+
+def test_nothing_waits_for_the_garbage_collector() -> None:
+    x_RI, weight_OI, _ = inputs()
+    gc.disable()
+    try:
+        doubled = 2 * weight_OI
+        alive, out = weakref.ref(doubled), linear(x_RI, Shared(doubled)).sum()
+        del doubled
+        assert alive() is not None
+        del out
+        assert alive() is None
+    finally:
+        gc.enable()
