@@ -2,10 +2,8 @@
 
 One thread, float32, forward and backward of the method itself, its plan included. Step, step with half of the targets,
 matrix product and peer take turns, and the best of each counts, so that a busy phase of the machine meets all of them.
-Times are CPU times of the process: what a neighbour takes of the core does not count, and helper threads would.
-
-A neighbour still empties the caches. A product is short enough to find a quiet moment and a step is not. So the sum of a step's best
-laps, each about as long as a product, is printed beside the best whole step; the JSON line and all its ratios are of whole steps.
+Times are CPU times of the process: what a neighbour takes of the core does not count, and helper threads would. A neighbour still
+empties the caches, and a product finds a quiet moment sooner than a step.
 """
 
 import resource
@@ -13,7 +11,6 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -38,45 +35,17 @@ class Best:
 
 
 class Step:
-    """Forward and backward on one batch, with fresh gradients; a lap ends where a step of training-time test does, on both ways."""
+    """Forward and backward on one batch, with fresh gradients."""
 
     def __init__(self, method: Eagle3, batch: DraftBatch) -> None:
         self.method, self.batch = method, batch
-        self.whole, self.loss_sum = Best(), float("nan")
-        self._laps_s: dict[str, float] = {}
-        self._lap_began = 0.0
-        draft = method.draft
-        first_step, next_step = draft.first_step, draft.next_step
-
-        def lapped_first_step(*given: Any) -> Any:
-            hidden, states = first_step(*given)
-            return self._passing(hidden), states
-
-        method.draft.__dict__.update(first_step=lapped_first_step, next_step=lambda *given: self._passing(next_step(*given)))
-
-    @property
-    def seconds(self) -> float:
-        return sum(self._laps_s.values())
+        self.best, self.loss_sum = Best(), float("nan")
 
     def __call__(self) -> None:
         self.method.zero_grad()
-        self._passed, self._lap_began = 0, time.process_time()
         output = self.method(self.batch, self.method.plan(self.batch))
-        self._lap("loss")
         output.loss_sum.backward()
-        self._lap("end")
         self.loss_sum = output.loss_sum.item()
-
-    def _passing(self, hidden_RH: torch.Tensor) -> torch.Tensor:
-        number, self._passed = self._passed, self._passed + 1
-        self._lap(f"forward {number}")
-        hidden_RH.register_hook(lambda _: self._lap(f"backward {number}"))
-        return hidden_RH
-
-    def _lap(self, name: str) -> None:
-        now = time.process_time()
-        self._laps_s[name] = min(self._laps_s.get(name, float("inf")), now - self._lap_began)
-        self._lap_began = now
 
 
 def measure(shape: Shape, repeats: int, peer_python: Path | None) -> dict[str, float | None]:
@@ -93,9 +62,9 @@ def measure(shape: Shape, repeats: int, peer_python: Path | None) -> dict[str, f
     try:
         for _ in range(repeats):
             product.time(lambda: left @ right)
-            full.whole.time(full)
+            full.best.time(full)
             product.time(lambda: left @ right)
-            half.whole.time(half)
+            half.best.time(half)
             if peer is not None:
                 peer_best.seconds = min(peer_best.seconds, peer.step_s())
     finally:
@@ -107,16 +76,15 @@ def measure(shape: Shape, repeats: int, peer_python: Path | None) -> dict[str, f
     floor_s = flops / rate
     print(f"matrix rate {rate / 1e9:.1f} GFLOP/s, best of {2 * repeats} products of {PRODUCT_SIZE} cubed; counted {flops / 1e9:.2f} GFLOP")
     loss = (full.loss_sum - teacher_entropy(method, full.batch)) / float(full.batch.loss_mask.sum())
-    print(f"sum of the best laps {1e3 * full.seconds:.1f} ms, {full.seconds / floor_s:.3f} times the floor")
     if peer is not None:
         print(f"peer {1e3 * peer_best.seconds:.1f} ms, its loss {peer.loss:.7f}, ours {loss:.7f}")
     return {
-        "ms": 1e3 * full.whole.seconds,
+        "ms": 1e3 * full.best.seconds,
         "floor_ms": 1e3 * floor_s,
-        "ratio_to_floor": full.whole.seconds / floor_s,
-        "half_supervised_ratio": half.whole.seconds / full.whole.seconds,
+        "ratio_to_floor": full.best.seconds / floor_s,
+        "half_supervised_ratio": half.best.seconds / full.best.seconds,
         "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
-        "peer_ratio": None if peer is None else peer_best.seconds / full.whole.seconds,
+        "peer_ratio": None if peer is None else peer_best.seconds / full.best.seconds,
         "loss": loss,
     }
 
