@@ -253,15 +253,19 @@ def p_value(propose: Callable, verify: Callable, sampling: Sampling, texts: int)
     counts = sum(VOCABULARY**n * torch.tensor([text[TEXT - n] for text in ids]) for n in range(TEXT)).bincount(minlength=VOCABULARY**TEXT)
 
     p_VV = sampling.probabilities(TARGET_VV)
-    expected = texts * torch.einsum("a,ab,bc->abc", p_VV[1], p_VV, p_VV).flatten()
+    return chi_square(counts, texts * torch.einsum("a,ab,bc->abc", p_VV[1], p_VV, p_VV).flatten()), tokens_first_round
+
+
+def chi_square(counts: torch.Tensor, expected: torch.Tensor) -> float:
+    """The p-value of counts; 0 where something happened that never does."""
     if counts[expected == 0].any():
-        return 0.0, tokens_first_round
+        return 0.0
     common = expected >= 5  # the others are one cell
     counts, expected = (torch.cat([x[common], x[~common].sum()[None]]).double() for x in (counts, expected))
     counts, expected = counts[expected > 0], expected[expected > 0]
     statistic = ((counts - expected) ** 2 / expected).sum()
     freedom = torch.tensor((len(expected) - 1) / 2, dtype=torch.float64)
-    return float(torch.special.gammaincc(freedom, statistic / 2)), tokens_first_round
+    return float(torch.special.gammaincc(freedom, statistic / 2))
 
 
 @pytest.mark.parametrize(
