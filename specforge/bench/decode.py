@@ -29,6 +29,8 @@ DrafterOf = Callable[[int, AdaptiveLength | None], Drafter]
 """A drafter of a fixed number of tokens, or of at most so many."""
 
 
+ALONE, ADAPTIVE, RAW = "target alone", "adaptive", "adaptive, raw"
+
 Prompt = tuple[np.ndarray, int]
 """Ids [S], and how many tokens to add."""
 
@@ -50,10 +52,6 @@ class Competitor:
             self.best_s[number] = min(self.best_s.get(number, spent_s), spent_s)
             self.texts.append(text)
 
-    @property
-    def tokens(self) -> int:
-        return sum(sum(text.committed) for text in self.texts)
-
 
 def measure(
     target: Target,
@@ -68,8 +66,8 @@ def measure(
     clock = time.perf_counter if target.device.type == "cuda" else time.process_time
     costs = measure_costs(target, lambda length: drafter_of(length, None), draft_tokens, [prompts[0][0]], laps=4 * laps, clock=clock)
     raw = Calibration((1.0,) * draft_tokens, (0.0,) * draft_tokens)
-    rules = {"adaptive": AdaptiveLength(calibration, costs), "adaptive, raw": AdaptiveLength(raw, costs)}
-    drafters: dict[str, Drafter] = {"target alone": NoDrafter()}
+    rules = {ADAPTIVE: AdaptiveLength(calibration, costs), RAW: AdaptiveLength(raw, costs)}
+    drafters: dict[str, Drafter] = {ALONE: NoDrafter()}
     drafters |= {f"K={length}": drafter_of(length, None) for length in range(draft_tokens + 1)}
     drafters |= {name: drafter_of(draft_tokens, rule) for name, rule in rules.items()}
     competitors = {name: Competitor(target, drafter, clock) for name, drafter in drafters.items()}
@@ -80,24 +78,47 @@ def measure(
             for name in names[first:] + names[:first]:
                 competitors[name].decode(number, *prompt)
 
-    on_curve_s = {name: float((rule.rounds * _seconds(costs)).sum()) for name, rule in rules.items()}
-    for length in range(draft_tokens + 1):
-        on_curve_s[f"K={length}"] = Rounds.of(competitors[f"K={length}"].texts, length).rounds * costs.seconds(length, length)
-    longest = Rounds.of(competitors[f"K={draft_tokens}"].texts, draft_tokens)
-    on_curve_s["oracle"] = float(longest.histogram @ np.diag(_seconds(costs)))
-    rates = {name: competitors.get(name, competitors[f"K={draft_tokens}"]).tokens / seconds for name, seconds in on_curve_s.items()}
-    measured = {name: each.tokens / laps / sum(each.best_s.values()) for name, each in competitors.items()}
+    longest = f"K={draft_tokens}"
+    rounds = {name: Rounds.of(each.texts, draft_tokens) for name, each in competitors.items()}
+    fixed = {f"K={length}": rounds[f"K={length}"].rounds * costs.seconds(length, length) for length in range(draft_tokens + 1)}
+    adapted = {name: float((rule.rounds * _seconds(costs)).sum()) for name, rule in rules.items()}
+    on_curve = {name: rounds[name].tokens / seconds for name, seconds in (fixed | adapted).items()}
+    on_curve["oracle"] = rounds[longest].tokens / float(rounds[longest].histogram @ np.diag(_seconds(costs)))
+    measured = {name: rounds[name].tokens / laps / sum(each.best_s.values()) for name, each in competitors.items()}
     return {
-        "prompts": len(prompts), "rounds": longest.rounds // laps, "costs": asdict(costs),
-        "tokens_per_round": {name: Rounds.of(each.texts, draft_tokens).numbers()["tokens_per_round"] for name, each in competitors.items()},
-        "tokens_per_s_on_curve": rates, "tokens_per_s": measured,
-        "adaptive_to_best_fixed_on_curve": _against_fixed(rates), "adaptive_to_best_fixed": _against_fixed(measured),
-        "same_texts": all(each.texts == [] or _ids(each) == _ids(competitors["target alone"]) for each in competitors.values()),
+        "prompts": len(prompts), "tokens": rounds[longest].tokens // laps, "laps": laps, "costs": asdict(costs),
+        "tokens_per_round": {name: each.tokens / max(each.rounds, 1) for name, each in rounds.items()},
+        "tokens_per_s_on_curve": on_curve, "tokens_per_s": measured,
+        "to_best_fixed_on_curve": _to_best_fixed(on_curve), "to_best_fixed": _to_best_fixed(measured),
+        "rounds": {name: rule.rounds.tolist() for name, rule in rules.items()},
+        "same_texts": all(_ids(each) == _ids(competitors[ALONE]) for each in competitors.values()),
         "profile": {
             name: profile(target, drafter_of(draft_tokens, rule), prompts, clock)
-            for name, rule in ((f"K={draft_tokens}", None), ("adaptive", rules["adaptive"]))
+            for name, rule in ((longest, None), (ADAPTIVE, rules[ADAPTIVE]))
         },
     }  # fmt: skip
+
+
+def table(numbers: Mapping[str, Any]) -> str:
+    costs = numbers["costs"]
+    lines = [
+        f"{numbers['prompts']} answers, {numbers['tokens']} tokens in rounds, greedy, batch 1; best of {numbers['laps']} laps",
+        "a round in ms, by drafts       " + "".join(f"{drafts:>8}" for drafts in range(len(costs["draft_s"]))),
+        "  drafting them                " + "".join(f"{1e3 * seconds:>8.2f}" for seconds in costs["draft_s"]),
+        "  verifying them, and the rest " + "".join(f"{1e3 * seconds:>8.2f}" for seconds in costs["verify_s"]),
+        f"{'':<18}{'tokens/round':>14}{'tokens/s on curve':>20}{'tokens/s':>12}",
+    ]
+    columns = ("tokens_per_round", "tokens_per_s_on_curve", "tokens_per_s")
+    for name in numbers["tokens_per_s"] | numbers["tokens_per_s_on_curve"]:
+        lengths = (f"{numbers[column][name]:.3f}" if name in numbers[column] else "-" for column in columns)
+        lines.append("{:<18}{:>14}{:>20}{:>12}".format(name, *lengths))
+    for name, measured in numbers["to_best_fixed"].items():
+        lines.append(f"{name} / best fixed length: {numbers['to_best_fixed_on_curve'][name]:.3f} on the curve, {measured:.3f} measured")
+    lines += [
+        f"time of a round, {name}: target {of['target_share']:.1%}, draft {of['draft_share']:.1%}, engine {of['engine_share']:.1%}"
+        for name, of in numbers["profile"].items()
+    ]
+    return "\n".join(lines)
 
 
 def _seconds(costs: CostCurve) -> np.ndarray:
@@ -109,8 +130,9 @@ def _ids(competitor: Competitor) -> list[list[int]]:
     return [text.ids for text in competitor.texts]
 
 
-def _against_fixed(rates: Mapping[str, float]) -> float:
-    return rates["adaptive"] / max(rate for name, rate in rates.items() if name.startswith("K="))
+def _to_best_fixed(rates: Mapping[str, float]) -> dict[str, float]:
+    best = max(rate for name, rate in rates.items() if name.startswith("K="))
+    return {name: rates[name] / best for name in (ADAPTIVE, RAW)}
 
 
 def profile(
@@ -126,7 +148,7 @@ def profile(
     """
     spent_s, rounds, whole_s = {"target": 0.0, "draft": 0.0}, 0, 0.0
     parts: list[tuple[str, Any, str]] = [("target", target.decoder, "forward"), ("target", target, "logits")]
-    parts += [("draft", drafter, "_rows"), ("draft", drafter, "_logits"), ("draft", drafter._draft, "fuse")]
+    parts += [("draft", drafter, name) for name in ("_rows", "_fed", "_logits")] + [("draft", drafter._draft, "fuse")]
     for prompt_S, new_tokens in prompts:
         timed = TimedDrafter(drafter, clock)
         with _clocked(parts, spent_s, clock, timed.asked_s):

@@ -1,4 +1,4 @@
-"""`specforge bench train-step|loss-memory|save`: speed and memory of a training step and of a save, on random features.
+"""`specforge bench train-step|loss-memory|save|decode`: speed and memory of a training step, a save, and a round of decoding.
 
 It runs in a process whose allocator and threads are set as those of the quickstart's training are.
 """
@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 from specforge import files
 from specforge.cli.demo import CALM
@@ -24,7 +25,7 @@ def run(words: Sequence[str]) -> int:
     step.add_argument("--shape", choices=SHAPES, default="small", help="named sizes; the flags below change single ones")
     for size in fields(Shape):
         step.add_argument(f"--{size.name.replace('_', '-')}", type=int, metavar="N")
-    step.add_argument("--repeats", type=int, default=30, help="the best of so many counts")
+    step.add_argument("--repeats", type=int, default=60, help="the best of so many counts")
     step.add_argument("--peer", type=Path, metavar="PYTHON", help="compare with `speculators` in the environment of scripts/peer.sh")
     benches.add_parser(
         "loss-memory", help="growth of the resident set in the loss, chunked and naive: 4,096 tokens, a vocabulary of 128,256"
@@ -32,9 +33,18 @@ def run(words: Sequence[str]) -> int:
     save = benches.add_parser("save", help="how long a checkpoint keeps training waiting, against writing it at once")
     save.add_argument("--out", type=Path, default=Path(), help="folder to write into (default: the current one)")
     save.add_argument("--repeats", type=int, default=10, help="saves of each kind")
+    decode = benches.add_parser("decode", help="draft lengths that adapt against every fixed one, and where a round's time goes")
+    decode.add_argument("config", help="the configuration of the run, for example RUN/config.yaml")
+    decode.add_argument("overrides", nargs="*", metavar="key=value", help="settings that win over the file")
+    decode.add_argument("--checkpoint", required=True, help="RUN/best, RUN/latest or a step folder, calibrated")
+    decode.add_argument("--prompts", type=int, default=32, help="answers to decode, of those that no scaling was fitted on")
+    decode.add_argument("--laps", type=int, default=6, help="how often; the fastest of each answer counts")
     given = parser.parse_args(words)
     if any(os.environ.get(name) != value for name, value in CALM.items()):
         return subprocess.run([sys.executable, "-m", "specforge", "bench", *words], env={**os.environ, **CALM}, check=False).returncode
+    if given.bench == "decode":
+        print(files.json_line(_decode(given)))
+        return 0
     if given.bench == "save":
         from specforge.bench.save import measure as measure_saves
 
@@ -55,3 +65,37 @@ def run(words: Sequence[str]) -> int:
     print(f"state kept for the backward: {short:.1f} MiB at 1,024 tokens a document, {long:.1f} MiB at 2,048: {long / short:.2f} times")
     print(files.json_line(numbers))
     return 0
+
+
+def _decode(given: argparse.Namespace) -> dict[str, Any]:
+    import numpy as np
+    import torch
+
+    from specforge.bench.decode import measure, table
+    from specforge.cli.draft import read_draft
+    from specforge.cli.inputs import encode
+    from specforge.config import load_config
+    from specforge.distributed import World
+    from specforge.errors import DataError
+    from specforge.eval.acceptance import answers
+    from specforge.eval.calibration import is_for_fit
+    from specforge.features.target import Target
+    from specforge.models.calibration import Calibration
+
+    config = load_config(given.config, given.overrides)
+    draft = read_draft(given.checkpoint, Path(config.model.target_path), config.eval.draft_tokens or None)
+    calibration = Calibration.read(Path(draft.name) / "draft", draft.draft_tokens)
+    target = Target.load(config.model.target_path, config.model.dtype, World.join().device)
+    prompts = [
+        (sample.input_ids[:first].astype(np.int64), last - first + 1)
+        for sample in encode(config, "eval").samples if not is_for_fit(sample.id)
+        for first, last in answers(sample.loss_mask) if first > 0
+    ]  # fmt: skip
+    if not prompts:
+        raise DataError(f"data.eval_path={config.data.eval_path!r}: no answer is left to measure on; give more rows.")
+    numbers = measure(
+        target, lambda length, rule: replace(draft, draft_tokens=length, adaptive=rule).drafter(target, None, torch.Generator()),
+        draft.draft_tokens, calibration, prompts[: given.prompts], given.laps,
+    )  # fmt: skip
+    print(table(numbers))
+    return numbers

@@ -1,14 +1,18 @@
 """A draft for decoding, from what the command line calls it: a checkpoint, `ngram` or `none`."""
 
 import sys
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from specforge import files
 from specforge.config.methods import registered
+from specforge.decode.adaptive import AdaptiveLength
+from specforge.decode.costs import measure_costs, measured_tokens
 from specforge.decode.drafter import Drafter, NgramDrafter, NoDrafter
 from specforge.decode.sampling import Sampling
 from specforge.decode.tree import TreeShape
@@ -16,6 +20,7 @@ from specforge.distributed import World
 from specforge.errors import CheckpointError, ConfigError
 from specforge.features.tables import TargetConfig, TargetTables
 from specforge.features.target import Target
+from specforge.models.calibration import Calibration
 from specforge.models.draft_folder import read_draft_config
 from specforge.training.run_folder import Checkpoint, read_state, resolve
 from specforge.training.snapshot import read_tensors
@@ -34,6 +39,8 @@ class Draft:
     method_name: str = ""
     tree: TreeShape | None = None
     """None: it drafts chains."""
+    adaptive: AdaptiveLength | None = None
+    """Decides how many of the K tokens of a chain are drafted."""
 
     def drafter(self, target: Target, sampling: Sampling | None, generator: torch.Generator) -> Drafter:
         """At work beside `target`, on its device and in its data type as engines serve it.
@@ -49,10 +56,30 @@ class Draft:
         known = registered(self.method_name)
         drafter: Drafter
         if self.tree is None:
-            drafter = known.load_drafter()(method, self.draft_tokens, sampling, generator)
+            drafter = known.load_drafter()(method, self.draft_tokens, sampling, generator, self.adaptive)
         else:
             drafter = known.load_tree_drafter()(method, self.tree)
         return drafter
+
+    def adapted(self, target: Target, prompts: Sequence[np.ndarray]) -> "Draft":
+        """The same draft with lengths that follow its calibrated confidence, at what rounds of such a batch cost here.
+
+        Raises:
+            ConfigError: it drafts trees, or never learned.
+            CheckpointError: it is not calibrated for its K positions.
+        """
+        if self.method is None or self.tree is not None:
+            raise ConfigError(
+                f"draft {self.name!r}: only chains of a draft that learned adapt their length; give a number of draft tokens."
+            )
+        calibration = Calibration.read(Path(self.name) / "draft", self.draft_tokens)
+        generator = torch.Generator(target.device)
+        room = max(target.config.max_position_embeddings - measured_tokens(self.draft_tokens), 1)
+        costs = measure_costs(
+            target, lambda length: replace(self, draft_tokens=length).drafter(target, None, generator), self.draft_tokens,
+            [prompt_S[:room] for prompt_S in prompts],
+        )  # fmt: skip
+        return replace(self, adaptive=AdaptiveLength(calibration, costs))
 
 
 def read_draft(

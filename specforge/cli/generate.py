@@ -10,6 +10,8 @@ from typing import Any
 from specforge import files
 from specforge.errors import ConfigError
 
+AUTO = "auto"
+
 
 def run(words: Sequence[str]) -> int:
     given = _parser().parse_args(words)
@@ -33,11 +35,18 @@ def run(words: Sequence[str]) -> int:
             "--draft-sampling sampled: needs --temperature above 0, and chains of a draft that learned, whose distribution it draws from; "
             "use --draft-sampling greedy."
         )
+    adaptive = given.draft_tokens == AUTO
+    if adaptive and (sampled_draft or given.draft in ("ngram", "none")):
+        raise ConfigError(
+            "--draft-tokens auto: needs arg-max drafts of a calibrated checkpoint; give a number of tokens, or --draft-sampling greedy."
+        )
     world, folder = World.join(), Path(given.target)
     set_threads(world)
     prompts, tokenizer = read_prompts(folder, given.prompt, given.file, given.max_new_tokens)
-    draft = read_draft(given.draft, folder, given.draft_tokens, tree, allow_other_target=given.allow_other_target)
+    draft = read_draft(given.draft, folder, None if adaptive else given.draft_tokens, tree, allow_other_target=given.allow_other_target)
     target = Target.load(folder, given.dtype, world.device)
+    if adaptive:
+        draft = draft.adapted(target, [each.prompt_ids for each in prompts[: given.batch]])
     contest = Contest(
         target, tokenizer, draft, sampling, sampled_draft=sampled_draft, seed=given.seed, baseline=not given.no_baseline,
         colour=sys.stdout.isatty() and not os.environ.get("NO_COLOR"),
@@ -48,6 +57,7 @@ def run(words: Sequence[str]) -> int:
         "seed": given.seed, "drafts": "tree" if tree else "chain", **({"tree": str(tree)} if tree else {}),
         "draft_tokens": draft.draft_tokens, "temperature": given.temperature, "top_k": given.top_k, "top_p": given.top_p,
         "draft_sampling": given.draft_sampling, "bonus_token_counted": True, **numbers_of(contest, turns),
+        **(draft.adaptive.numbers() if draft.adaptive else {}),
     }  # fmt: skip
     print(_table(numbers))
     print(files.json_line(numbers))
@@ -65,7 +75,10 @@ def _parser() -> argparse.ArgumentParser:
     asked.add_argument("--prompt", nargs="+", metavar="TEXT", help="user messages, each a prompt of its own")
     asked.add_argument("--file", metavar="ROWS.jsonl", help="conversations; a closing assistant turn is what the target says anew")
     drafts = parser.add_mutually_exclusive_group()
-    drafts.add_argument("--draft-tokens", type=int, metavar="K", help="drafts of a round (default: as many as the draft was trained for)")
+    drafts.add_argument(
+        "--draft-tokens", type=_draft_tokens, metavar="K",
+        help="drafts of a round (default: as many as the draft was trained for); auto: as many of these as pay for their time",
+    )  # fmt: skip
     drafts.add_argument("--tree", metavar="DEPTHxTOP_KxNODES", help="draft trees, such as 4x2x8, instead of chains")
     parser.add_argument("--temperature", type=float, default=0.0, help="0: greedy (default)")
     parser.add_argument("--top-k", type=int, default=0, help="sample from so many tokens; 0: all (default)")
@@ -78,6 +91,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--allow-other-target", action="store_true", help="go on where the draft was trained with another target")
     parser.add_argument("--no-baseline", action="store_true", help="do not decode with the target alone too")
     return parser
+
+
+def _draft_tokens(word: str) -> int | str:
+    return word if word == AUTO else int(word)
 
 
 def _table(numbers: Mapping[str, Any]) -> str:
@@ -96,6 +113,8 @@ def _table(numbers: Mapping[str, Any]) -> str:
         lines += [f"{k:<10}{survival:>14.3f}{alpha:>10.3f}" for k, (survival, alpha) in enumerate(positions, 1)]
         counts = ", ".join(f"{accepted}: {rounds}" for accepted, rounds in enumerate(numbers["histogram"]))
         lines.append(f"rounds by accepted drafts  {counts}")
+    if "costs" in numbers:
+        lines.append(f"drafted {numbers['mean_drafted']:.2f} and verified {numbers['mean_verified']:.2f} tokens a round, K at most")
     lines += [f"domain {domain}: tokens per round {_rate(of)}" for domain, of in numbers["domains"].items()]
     speed = f"{numbers['tokens_per_s']:.1f} tokens/s, prompts included"
     if "speed_up" in numbers:

@@ -20,6 +20,8 @@ Shapes: B sequences, K drafts of a chain.
 
 import math
 from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
 
 import numpy as np
 
@@ -28,6 +30,8 @@ from specforge.models.calibration import EPSILON, Calibration
 
 _MEMORY_ROUNDS = 1024
 """Rounds after which what was seen weighs 1/e. Then long drafts are tried again too, as they were at first."""
+_LESSON_ROUNDS = 16
+"""Rounds between two looks at what was seen."""
 _SURE_DRAFTS = 8.0
 """What is known of a position before anything was seen: so many drafts, all sure, lest a bad start ends the learning."""
 
@@ -45,68 +49,82 @@ class AdaptiveLength:
 
     def __init__(self, calibration: Calibration, costs: CostCurve) -> None:
         self.costs, self._calibration = costs, calibration
-        self._reached_K, self._survived_K = [0.0] * costs.draft_tokens, [0.0] * costs.draft_tokens
-        self._tokens = self._seconds = 0.0
         self.rounds = np.zeros((costs.draft_tokens + 1, costs.draft_tokens + 1), dtype=np.int64)
         """Rounds so far, by tokens drafted and drafts verified."""
+        self._reached_K, self._survived_K = [0.0] * costs.draft_tokens, [0.0] * costs.draft_tokens
+        self._tokens = self._seconds = 0.0
+        self._lesson_rounds = 0
 
     def begin(self, rows: int) -> None:
-        self._going = [True] * rows
+        self._going = [1.0] * rows
         self._round_s: float | None = None
+        self._plan()
 
     def start(self) -> None:
-        self._survival_B = [float(going) for going in self._going]
-        self._sums = [sum(self._survival_B)]
-        """Expected tokens a_0 = 1, a_1, ... of a position, over the rows."""
-        self._rate = (self._sums[0] + self._tokens) / (self.costs.seconds(0, 0) + self._seconds)
-        sums_K = zip(self._survived_K, self._reached_K, strict=True)
-        self._chance_K = [(_SURE_DRAFTS + survived) / (_SURE_DRAFTS + reached) for survived, reached in sums_K]
+        self._survival_B = self._going
+        self._expected = sum(self._going)
+        """a_j of the last drafted token, over the rows."""
+        self._worth = [-self._verify[0]]
+        """Expected tokens less the worth of the time of verifying, by drafts verified."""
 
     def goes_on(self) -> bool:
         """Whether the best plan that drafts on beats the best use of what is drafted."""
-        done, promised, survival = len(self._sums) - 1, sum(self._sums), self._sums[-1]
-        best = -math.inf
-        for length, chance in enumerate(self._chance_K[done:], done + 1):
-            survival *= chance
-            promised += survival
-            seconds = self.costs.seconds(length, length) - self.costs.draft_s[done]
-            best = max(best, promised - self._rate * seconds)
-        return best > max(self._worth())
+        worth, expected = self._worth, self._expected
+        least = max(worth) - worth[-1]
+        return any(expected * tokens - price > least for tokens, price in self._ahead[len(worth) - 1])
 
     def drafted(self, confidence_B: Sequence[float]) -> None:
         """One more token was drafted, whose draft gives it these probabilities."""
-        place = len(self._sums) - 1
+        place = len(self._worth) - 1
         scale, bias = self._calibration.scale[place], self._calibration.bias[place]
         self._survival_B = [
             survival * calibrated(confidence, scale, bias) for survival, confidence in zip(self._survival_B, confidence_B, strict=True)
         ]
-        self._reached_K[place] += self._sums[-1]
-        self._sums.append(sum(self._survival_B))
-        self._survived_K[place] += self._sums[-1]
+        self._reached_K[place] += self._expected
+        self._expected = sum(self._survival_B)
+        self._survived_K[place] += self._expected
+        self._worth.append(self._worth[-1] + self._expected - self._verify[place + 1] + self._verify[place])
 
     def verified(self) -> int:
         """How many drafts of the round to verify; the round is drafted."""
-        worth = self._worth()
-        drafted, kept = len(worth) - 1, worth.index(max(worth))
+        drafted, kept = len(self._worth) - 1, self._worth.index(max(self._worth))
         self.rounds[drafted, kept] += 1
         self._round_s = self.costs.seconds(drafted, kept)
         return kept
 
     def saw(self, counts: Sequence[int]) -> None:
         """What the round committed, a row; zero for a row that has ended. After `begin`, the prompts."""
-        self._going = [count > 0 for count in counts]
-        if self._round_s is None:
-            return
-        kept = math.exp(-1 / _MEMORY_ROUNDS)
-        self._tokens = kept * self._tokens + sum(counts)
-        self._seconds = kept * self._seconds + self._round_s
-        self._reached_K = [kept * reached for reached in self._reached_K]
-        self._survived_K = [kept * survived for survived in self._survived_K]
+        self._going = [float(count > 0) for count in counts]
+        if self._round_s is not None:
+            self._tokens += sum(counts)
+            self._seconds += self._round_s
+            self._lesson_rounds += 1
+            if self._lesson_rounds == _LESSON_ROUNDS:
+                self._forget()
+                self._plan()
 
-    def _worth(self) -> list[float]:
-        """Expected tokens less what the time of verifying is worth, by drafts verified."""
-        promised = np.cumsum(self._sums).tolist()
-        return [tokens - self._rate * seconds for tokens, seconds in zip(promised, self.costs.verify_s, strict=False)]
+    def numbers(self) -> dict[str, Any]:
+        """The cost curve, and the mean over rounds of tokens drafted and drafts verified."""
+        places, rounds = np.arange(len(self.rounds)), max(int(self.rounds.sum()), 1)
+        drafted, verified = (float(self.rounds.sum(axis) @ places) / rounds for axis in (1, 0))
+        return {"costs": asdict(self.costs), "mean_drafted": drafted, "mean_verified": verified}
+
+    def _forget(self) -> None:
+        kept = math.exp(-_LESSON_ROUNDS / _MEMORY_ROUNDS)
+        self._tokens, self._seconds, self._lesson_rounds = kept * self._tokens, kept * self._seconds, 0
+        self._reached_K, self._survived_K = ([kept * number for number in sums] for sums in (self._reached_K, self._survived_K))
+
+    def _plan(self) -> None:
+        """What drafting on promises, for an a_j of 1, and what the time for it is worth: by tokens drafted, of each length beyond."""
+        rate = (len(self._going) + self._tokens) / (self.costs.seconds(0, 0) + self._seconds)
+        draft, self._verify = ([rate * seconds for seconds in part] for part in (self.costs.draft_s, self.costs.verify_s))
+        sums_K = zip(self._survived_K, self._reached_K, strict=True)
+        chance_K = [(_SURE_DRAFTS + survived) / (_SURE_DRAFTS + reached) for survived, reached in sums_K]
+        price = [drafting + verifying for drafting, verifying in zip(draft, self._verify, strict=True)]
+        self._ahead = [
+            [(float(tokens), price[length] - price[done]) for length, tokens in enumerate(np.cumsum(np.cumprod(chance_K[done:])), done + 1)]
+            for done in range(len(price))
+        ]
 
 
 def calibrated(probability: float, scale: float, bias: float) -> float:

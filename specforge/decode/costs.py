@@ -16,8 +16,10 @@ from specforge.decode.engine import Decoder
 from specforge.errors import ConfigError
 from specforge.features.target import Target
 
-ROUND_TOKENS = 24
-"""New tokens of each decoding that `measure_costs` times."""
+
+def measured_tokens(draft_tokens: int) -> int:
+    """How many tokens `measure_costs` adds to a prompt, so that even drafts that are all right take 16 rounds."""
+    return 16 * (draft_tokens + 1)
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,7 @@ def measure_costs(
     verify_s: list[list[float]] = [[] for _ in drafters]
     for _ in range(laps):
         for length, drafter in enumerate(drafters):
-            Decoder(target, drafter).decode(prompts, ROUND_TOKENS * (1 + length // 2))
+            Decoder(target, drafter).decode(prompts, measured_tokens(length))
             asked, answered = np.array(drafter.asked_s[1:]), np.array(drafter.answered_s[1:])
             draft_s[length] += (answered - asked).tolist()
             verify_s[length] += (asked[1:] - answered[:-1]).tolist()

@@ -96,14 +96,15 @@ class Eagle3Drafter:
                 hidden_BH = self._rows(self._fed(hidden_BH)[:, None], ids[-1][:, None], slot_B1, slot_B1, visible_B1S)[:, 0]
                 slot_B1 = slot_B1 + 1
             logits_BD = self._logits(hidden_BH)
-            if self._sampling is None:
+            if self._adaptive is not None:
+                confidence_B, drawn_B = logits_BD.softmax(-1, dtype=torch.float32).max(-1)
+                self._adaptive.drafted(confidence_B.tolist())
+            elif self._sampling is None:
                 drawn_B = logits_BD.argmax(-1)
             else:
                 drawn_B, probabilities_BV = self._drawn(logits_BD, self._sampling)
                 probabilities.append(probabilities_BV)
             ids.append(self._target_id_D[drawn_B])
-            if self._adaptive is not None:
-                self._adaptive.drafted(logits_BD.float().softmax(-1).amax(-1).tolist())
         verified = len(ids) if self._adaptive is None else self._adaptive.verified()
         ids_BK = torch.stack(ids[:verified], 1) if verified else slot_B1[:, :0]
         tree = Tree.chain(len(hidden_BH), verified, hidden_BH.device)
