@@ -25,8 +25,8 @@ from tests.tiny import make_answered, make_method, make_store, make_target, trai
 
 VOCAB, TEXT = 8, 4
 PROMPTS = [np.array([5, 4, 3, 5, 4]), np.array([6, 3, 6])]
-WARM, CUT = Sampling(1.3), Sampling(0.8, top_k=5, top_p=0.9)
-SAMPLINGS = pytest.mark.parametrize("sampling", [WARM, CUT], ids=["warm", "cut"])
+WHOLE, CUT = Sampling(0.7), Sampling(0.8, top_k=5, top_p=0.9)
+SAMPLINGS = pytest.mark.parametrize("sampling", [WHOLE, CUT], ids=["whole", "cut"])
 
 
 @pytest.fixture(scope="module")
