@@ -26,6 +26,7 @@ from specforge.features.loader import FeatureDataLoader
 from specforge.features.store import LocalFeatureStore
 from specforge.features.target import Target
 from specforge.log.run_log import RunLog
+from specforge.methods.base import Moment
 from specforge.models.calibration import write_calibrations
 from specforge.training.backend import FSDPTrainingBackend
 from specforge.training.checkpoint import CheckpointManager, job_name
@@ -130,7 +131,7 @@ def build_controller(config: RunConfig, world: World) -> TrainerController:
         total_steps, total_samples = horizon(config, len(store), state)
         data = FeatureDataLoader(
             store, config.seed, config.train.batch_samples, config.train.micro_batch_tokens, total_samples, world,
-            config.data.exclude_ids, plan=method.plan,
+            config.data.exclude_ids, plan=lambda batch, step: method.plan(batch, Moment(config.seed, step, total_steps)),
         )  # fmt: skip
         evaluator = build_evaluator(config, heldout, method.draft_tokens, world)
         log = RunLog(folder, world, config.log.wandb, config.log.wandb_project, state.run_id, to_dict(config))
@@ -140,7 +141,7 @@ def build_controller(config: RunConfig, world: World) -> TrainerController:
     return TrainerController(
         config=config.train, total_steps=total_steps, method=method, backend=backend, data=data, checkpoints=checkpoints, log=log,
         world=world, state=state, settings=contract(config) | {"target_fingerprint": heldout.meta.target_fingerprint},
-        evaluate=lambda: evaluator.evaluate(method, backend),
+        evaluate=lambda: evaluator.evaluate(method, backend), seed=config.seed,
     )  # fmt: skip
 
 

@@ -32,7 +32,7 @@ class FeatureDataLoader:
     """Windows of `batch_samples` consecutive samples of the global order, packed into micro-batches of a token budget.
 
     Iterating yields windows from the current position to `total_samples`; the last one may be smaller. Features are read,
-    pinned for a GPU and, with `plan`, planned for while the step before is computed.
+    pinned for a GPU and, with `plan`, which is told how many steps were done before, planned for while the step before is computed.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class FeatureDataLoader:
         total_samples: int,
         world: World,
         exclude_ids: Sequence[str] = (),
-        plan: Callable[[DraftBatch], Any] | None = None,
+        plan: Callable[[DraftBatch, int], Any] | None = None,
     ) -> None:
         if len(store) < world.size:
             raise DataError(f"{len(store)} training samples for {world.size} ranks: every rank needs one; use fewer ranks or more data.")
@@ -55,26 +55,26 @@ class FeatureDataLoader:
         self._budget_tokens = micro_batch_tokens
         self._world = world
         self._plan = plan
-        self.position = 0
+        self.position = self.step = 0
 
-    def seek(self, samples: int) -> None:
-        """Continue after the first `samples` samples of the global order."""
-        self.position = samples
+    def seek(self, samples: int, step: int = 0) -> None:
+        """Continue after the first `samples` samples of the global order, which took `step` steps."""
+        self.position, self.step = samples, step
 
     def __iter__(self) -> Iterator[Window]:
         with ThreadPoolExecutor(1, "feature-reader") as reader, self._store.reading(self._spans, self.position):
-            ahead = self._submit(reader, self._spans.at(self.position))
+            ahead = self._submit(reader, self._spans.at(self.position), self.step)
             while ahead is not None:
                 span, window = ahead.result()
-                ahead = self._submit(reader, self._spans.at(span.end))
-                self.position = span.end
+                ahead = self._submit(reader, self._spans.at(span.end), self.step + 1)
+                self.position, self.step = span.end, self.step + 1
                 yield window
                 self._store.release(span)  # that step is done, so every rank had its part
 
-    def _submit(self, reader: ThreadPoolExecutor, span: Span | None) -> "Future[tuple[Span, Window]] | None":
-        return None if span is None else reader.submit(lambda: (span, self._read(span)))
+    def _submit(self, reader: ThreadPoolExecutor, span: Span | None, step: int) -> "Future[tuple[Span, Window]] | None":
+        return None if span is None else reader.submit(lambda: (span, self._read(span, step)))
 
-    def _read(self, span: Span) -> Window:
+    def _read(self, span: Span, step: int) -> Window:
         lengths = [int(self._store.lengths[number]) for number in span.samples]
         batches = [
             [span.samples[place] for place in places] for places in pack(lengths, self._budget_tokens, self._world.size)[self._world.rank]
@@ -82,7 +82,7 @@ class FeatureDataLoader:
         mine = [number for batch in batches for number in batch]
         features = dict(zip(mine, self._store.take(span, mine), strict=True))
         packed = tuple(self._packed(batch, features) for batch in batches)
-        plans = tuple(self._plan(batch) for batch in packed) if self._plan else ()
+        plans = tuple(self._plan(batch, step) for batch in packed) if self._plan else ()
         if self._world.device.type == "cuda":
             packed = tuple(batch.pinned() for batch in packed)
         return Window(span.count, packed, plans)

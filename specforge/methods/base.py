@@ -35,6 +35,17 @@ class Plan:
     """The batch's share of the global loss weight."""
 
 
+@dataclass(frozen=True)
+class Moment:
+    """When in a training a batch is used. What a method draws, it draws from (seed, step, sample number), so that neither ranks nor
+    batches decide; what changes in the course of a training follows from step and total_steps."""
+
+    seed: int
+    step: int
+    """Optimiser steps that were done before."""
+    total_steps: int
+
+
 class Method(Protocol):
     """A trainable module. `build` starts a draft, `read` takes one from a checkpoint's folder."""
 
@@ -50,7 +61,9 @@ class Method(Protocol):
     @classmethod
     def count_parameters(cls, options: Any, tables: TargetTables, aux_layer_ids: tuple[int, ...]) -> int: ...
 
-    def plan(self, batch: DraftBatch) -> Plan: ...
+    def plan(self, batch: DraftBatch, moment: Moment | None = None) -> Plan:
+        """What the host can work out before the forward. No moment: evaluation, in which nothing is drawn."""
+        ...
 
     def __call__(self, batch: DraftBatch, plan: Any) -> StepOutput: ...
 

@@ -31,7 +31,7 @@ from specforge.features.source import FeatureStore
 from specforge.features.tables import TargetTables
 from specforge.layers.norm import normalise
 from specforge.layers.rows import take_rows, to_device
-from specforge.methods.base import Plan, StepOutput
+from specforge.methods.base import Moment, Plan, StepOutput
 from specforge.methods.distillation import chunk_borders, default_chunk_rows, soft_cross_entropy
 from specforge.methods.teacher import CompressedTeacher, ExactTeacher, Teacher
 from specforge.models.draft_folder import read_draft_config, read_draft_tensors
@@ -183,7 +183,7 @@ class Eagle3(nn.Module):
     def config_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self.draft.config)
 
-    def plan(self, batch: DraftBatch) -> TTTPlan:
+    def plan(self, batch: DraftBatch, moment: Moment | None = None) -> TTTPlan:
         return plan_ttt(batch, self._in_vocabulary_V, self.draft_tokens, self.options.step_decay)
 
     def forward(self, batch: DraftBatch, plan: TTTPlan) -> StepOutput:

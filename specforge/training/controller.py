@@ -17,7 +17,7 @@ from specforge.errors import ConfigError, NonFiniteError, SpecForgeError
 from specforge.features.loader import Window
 from specforge.log.progress import progress
 from specforge.log.run_log import RunLog
-from specforge.methods.base import Method
+from specforge.methods.base import Method, Moment
 from specforge.training.backend import FSDPTrainingBackend
 from specforge.training.checkpoint import CheckpointManager
 from specforge.training.profile import StepProfile
@@ -30,9 +30,9 @@ NON_FINITE_MARKER = "non_finite.json"
 
 @runtime_checkable
 class Seekable(Protocol):
-    """Data that goes to a position of the global sample order without reading."""
+    """Data that goes to a position of the global sample order, reached after so many steps, without reading."""
 
-    def seek(self, samples: int) -> None: ...
+    def seek(self, samples: int, step: int) -> None: ...
 
 
 class StepNumbers(NamedTuple):
@@ -94,8 +94,10 @@ class TrainerController:
         state: TrainState,
         settings: dict[str, Any],
         evaluate: Callable[[], Mapping[str, Any]] | None = None,
+        seed: int = 0,
     ) -> None:
         self.config = config
+        self.seed = seed
         self.total_steps = total_steps
         self.method = method
         self.backend = backend
@@ -158,7 +160,7 @@ class TrainerController:
         """The windows after those that were trained on; data that cannot seek is advanced. The time spent waiting is noted."""
         skipped = self.state.samples_seen
         if isinstance(self.data, Seekable):
-            self.data.seek(self.state.samples_seen)
+            self.data.seek(self.state.samples_seen, self.state.step)
             skipped = 0
         windows = iter(self.data)
         while True:
@@ -180,7 +182,8 @@ class TrainerController:
         """One optimiser step: gradient of (global loss sum / global weight), reduced over ranks once."""
         phase, losses, tallies = self.profile.phase, [], []
         with phase("plan"):
-            plans = window.plans or [self.method.plan(batch) for batch in window.batches]
+            moment = Moment(self.seed, self.state.step, self.total_steps)
+            plans = window.plans or [self.method.plan(batch, moment) for batch in window.batches]
             weight = torch.tensor(sum(plan.weight for plan in plans), dtype=torch.float64).to(self.world.device, non_blocking=True)
             self.world.sum_(weight)
             divisor = torch.where(weight > 0, weight, 1.0)  # nothing is supervised in this window: a step of zero gradients
