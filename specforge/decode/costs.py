@@ -18,8 +18,8 @@ from specforge.features.target import Target
 
 
 def measured_tokens(draft_tokens: int) -> int:
-    """How many tokens `measure_costs` adds to a prompt, so that even drafts that are all right take 16 rounds."""
-    return 16 * (draft_tokens + 1)
+    """How many tokens `measure_costs` adds to a prompt; drafts that are all right take at least four rounds for them."""
+    return max(4 * (draft_tokens + 1), 12)
 
 
 @dataclass(frozen=True)

@@ -105,6 +105,50 @@ def confidences(rounds: int, draft_tokens: int, seed: int = 0) -> list[list[floa
     return np.random.default_rng(seed).beta(2, 1, (rounds, draft_tokens)).tolist()
 
 
+def test_calibration_is_applied_position_by_position() -> None:
+    costs = CostCurve((0.0, 0.1, 0.3, 0.5, 0.7, 0.9), (1.0, 1.1, 1.2, 1.3, 1.4, 1.5))
+    calibration, given = Calibration((0.5, 1.0, 2.0, 1.0, 1.0), (0.5, -0.5, 1.0, 0.0, 0.3)), confidences(200, 5)
+    scaled = calibration.apply(torch.tensor(given, dtype=torch.float64)).tolist()
+
+    def lengths(calibration: Calibration, confidences_XK: list[list[float]]) -> list[tuple[int, int]]:
+        rule, seen = AdaptiveLength(calibration, costs), []
+        rule.begin(1)
+        rule.saw([1])
+        for confidence_K in confidences_XK:
+            rule.start()
+            drafted = 0
+            while rule.goes_on():
+                rule.drafted([confidence_K[drafted]])
+                drafted += 1
+            seen.append((drafted, rule.verified()))
+            rule.saw([2])
+        return seen
+
+    expected = lengths(AS_IT_IS, scaled)
+    assert lengths(calibration, given) == expected
+    assert lengths(AS_IT_IS, given) != expected
+    assert len(set(expected)) > 4
+
+
+@pytest.mark.parametrize(("step_s", "later"), [(0.2, (2, 2)), (0.4, (1, 1))])
+def test_time_is_worth_what_it_brings(step_s: float, later: tuple[int, int]) -> None:
+    """A sure first draft that costs nothing makes r = 2 tokens a second; a second one of survival 0.55 may then cost 0.275 s."""
+    rule = AdaptiveLength(AS_IT_IS, CostCurve((0.0, 0.0, step_s), (1.0,) * 3))
+    rule.begin(1)
+    rule.saw([1])
+    lengths = []
+    for number in range(400):
+        rule.start()
+        drafted = 0
+        while rule.goes_on():
+            rule.drafted([[1.0, 0.55][drafted]])
+            drafted += 1
+        lengths.append((drafted, rule.verified()))
+        rule.saw([2 + (number * 11 % 20 < 11 and drafted == 2)])
+    assert lengths[0] == (2, 2)
+    assert lengths[-1] == later
+
+
 def test_free_drafts_are_all_drafted_and_unaffordable_ones_never() -> None:
     free = AdaptiveLength(AS_IT_IS, CostCurve((0.0,) * 6, (1.0,) * 6))
     assert set(play(free, confidences(50, 5))) == {(5, 5)}
