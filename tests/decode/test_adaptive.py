@@ -204,7 +204,7 @@ def test_a_batch_shares_the_cost() -> None:
     assert play(AdaptiveLength(AS_IT_IS, costs), [[0.6, 0.9]]) == [(1, 1)]
     rule = AdaptiveLength(AS_IT_IS, CostCurve((0.0, 0.0, 1.1), (2.0,) * 3))
     assert play(rule, [[0.6, 0.9]], rows=2) == [(2, 2)]
-    ended = AdaptiveLength(AS_IT_IS, CostCurve((0.0, 0.0, 1.3), (1.0,) * 3))
+    ended = AdaptiveLength(AS_IT_IS, CostCurve((0.0, 0.0, 0.5), (1.0,) * 3))
     ended.begin(2)
     ended.saw([5, 0])
     ended.start()
@@ -244,13 +244,22 @@ def unsure(bias: float) -> Calibration:
 
 
 @pytest.mark.parametrize("together", [False, True])
-def test_greedy_text_is_the_targets(together: bool, place: tuple[Target, Eagle3, list[np.ndarray]]) -> None:
+@pytest.mark.parametrize(
+    "costs",
+    [
+        CostCurve((0.0, 0.05, 0.2, 0.35, 0.5, 0.65), (1.0, 1.02, 1.04, 1.06, 1.08, 1.1)),
+        CostCurve((0.0, 0.01, 0.02, 0.03, 0.04, 0.05), (1.0, 1.2, 1.4, 1.6, 1.8, 2.0)),
+    ],
+    ids=["dear drafts", "dear places"],
+)
+def test_greedy_text_is_the_targets(together: bool, costs: CostCurve, place: tuple[Target, Eagle3, list[np.ndarray]]) -> None:
     target, method, prompts = place
-    rule = AdaptiveLength(unsure(1.0), CostCurve((0.0, 0.05, 0.2, 0.35, 0.5, 0.65), (1.0, 1.02, 1.04, 1.06, 1.08, 1.1)))
+    rule = AdaptiveLength(unsure(1.0), costs)
     decoder, alone = Decoder(target, Eagle3Drafter(method, 5, adaptive=rule)), Decoder(target, NoDrafter())
     for batch in [prompts] if together else [[prompt] for prompt in prompts]:
         assert [text.ids for text in decoder.decode(batch, 60)] == [text.ids for text in alone.decode(batch, 60)]
     assert (rule.rounds > 0).sum() > 2
+    assert (rule.rounds.trace() < rule.rounds.sum()) == (costs.verify_s[1] > 1.1), "fewer verified than drafted"
 
 
 def test_a_round_of_no_drafts_is_a_round_of_the_target(place: tuple[Target, Eagle3, list[np.ndarray]]) -> None:
