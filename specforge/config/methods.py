@@ -33,6 +33,11 @@ class Eagle3Options:
     """Normalise the concatenation of the captured layers before the fusion."""
     norm_output: bool = False
     """Hand the normed instead of the plain hidden state to the next step."""
+    loss: Literal["kl", "lk_alpha", "lk_lambda", "tv"] = "kl"
+    """kl: cross-entropy with the target's distribution, renormalised on the draft vocabulary; the others end in the probability that a
+    sampled draft is rejected (tv), alone only for a draft that is trained already: see docs/methods.md."""
+    lk_eta: float = 3.0
+    """eta of lk_lambda: how fast it turns from kl to tv as acceptance grows."""
     attention: Literal["blocks", "flex"] = "blocks"
     """blocks: plain products, on any device; flex: one compiled block-sparse kernel, trains on CUDA only."""
     loss_chunk_rows: int = 0
@@ -48,6 +53,8 @@ class Eagle3Options:
             raise ConfigError(f"method.options.step_decay={self.step_decay}: must lie in (0, 1]; the paper uses 0.8.")
         if self.fc_norm and self.norm_before_fc:
             raise ConfigError("method.options.fc_norm=true and norm_before_fc=true exclude each other; keep one of them.")
+        if not self.lk_eta >= 0:
+            raise ConfigError(f"method.options.lk_eta={self.lk_eta}: must not be negative; the paper uses 3.")
 
 
 @dataclass(frozen=True)

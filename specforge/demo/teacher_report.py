@@ -61,7 +61,7 @@ def measure(folder: Path, prompts: int) -> list[dict[str, Any]]:
         torch.cat([taught(one, name, vocabulary) for one in features.values()]) for name in ("last", "logsumexp", "aux")
     )
     head_DH = target.head.weight[torch.from_numpy(vocabulary.kept)]
-    exact = ExactTeacher(last, head_DH).distribution(0, len(last), torch.float64)
+    exact = ExactTeacher(last, head_DH, logsumexp).distribution(0, len(last), torch.float64)
     draft = (target.decoder.norm(highest[:, -target.hidden_size :]) @ head_DH.T).double().log_softmax(-1)  # type: ignore[operator]
     exact_loss = -(exact * draft).sum(-1).mean()
     rows = []

@@ -1,14 +1,14 @@
-"""EAGLE-3 training-time test: T steps on true tokens, soft cross-entropy on the draft vocabulary.
+"""EAGLE-3 training-time test: T steps on true tokens, each taught the target's distribution on the draft vocabulary.
 
 Row t of a document holds the feature of token t and the embedding of token t+1. At step j it is fed token t+1+j and
 taught the target's distribution at token t+1+j, which is about token t+2+j. With w_tj = 1 iff token t+2+j is
 supervised and in the same document and the target's arg-max for it is in the draft vocabulary:
 
-    loss_sum = sum_j gamma^j sum_t w_tj CE_tj        weight = sum_j gamma^j sum_t w_tj
+    loss_sum = sum_j gamma^j sum_t w_tj loss_tj        weight = sum_j gamma^j sum_t w_tj
 
-(arXiv 2503.01840, section 3.2; the normalisation is ours). A row is computed at step j only while it still has a
-supervised target at step j or later: no other row ever sees it, so leaving it out is exact. Where only few rows could
-leave, they stay, since moving the others together costs more.
+(arXiv 2503.01840, section 3.2, where the loss is the soft cross-entropy; the normalisation is ours). A row is computed at
+step j only while it still has a supervised target at step j or later: no other row ever sees it, so leaving it out is exact.
+Where only few rows could leave, they stay, since moving the others together costs more.
 """
 
 import dataclasses
@@ -32,7 +32,8 @@ from specforge.features.tables import TargetTables
 from specforge.layers.norm import normalise
 from specforge.layers.rows import take_rows, to_device
 from specforge.methods.base import Moment, Plan, StepOutput
-from specforge.methods.distillation import chunk_borders, default_chunk_rows, soft_cross_entropy
+from specforge.methods.distillation import TaughtRows, chunked_loss, chunks_of, default_chunk_rows
+from specforge.methods.objectives import Objective
 from specforge.methods.teacher import CompressedTeacher, ExactTeacher, Teacher
 from specforge.models.draft_folder import read_draft_config, read_draft_tensors
 from specforge.models.eagle3 import Eagle3Config, Eagle3Draft, LayerState, StepRows
@@ -120,6 +121,7 @@ class Eagle3(nn.Module):
         self.options = options
         self.draft = draft
         self.draft_tokens = options.draft_tokens
+        self.objective = Objective.named(options.loss, lk_eta=options.lk_eta)
         for layer in draft.stack:
             layer.checkpointing = options.activation_checkpointing
         kept = torch.arange(draft.config.draft_vocab_size) + draft.d2t
@@ -239,11 +241,11 @@ class Eagle3(nn.Module):
         teacher = self._teacher(batch, to_device(teacher_U, device))
         head_DH = self.teacher_head_DH if self.draft.lm_head is None else self.draft.lm_head.weight
         chunk_rows = self.options.loss_chunk_rows or default_chunk_rows(len(head_DH))
-        chunks = [(a, b, int(teacher_N[a]), int(teacher_N[b - 1]) + 1) for a, b in chunk_borders(teacher_N, chunk_rows)]
-        loss_sum, proposals_N, confidences_N = soft_cross_entropy(
-            hidden_MH, to_device(row_N, device), head_DH.to(hidden_MH.dtype), teacher,
-            to_device(teacher_N, device), to_device(weight_N.astype(np.float32), device), chunks,
+        rows = TaughtRows(
+            to_device(row_N, device), to_device(weight_N.astype(np.float32), device), to_device(teacher_N, device),
+            chunks_of(teacher_N, chunk_rows),
         )  # fmt: skip
+        loss_sum, proposals_N, confidences_N, _ = chunked_loss(self.objective, [(hidden_MH, head_DH.to(hidden_MH.dtype))], rows, teacher)
 
         ids_N = proposals_N + self.draft.d2t[proposals_N]
         starts, columns = to_device(start_N, device), to_device(step_N, device)
@@ -262,5 +264,5 @@ class Eagle3(nn.Module):
     def _teacher(self, batch: DraftBatch, token_U: torch.Tensor) -> Teacher:
         """The target's distribution at some tokens, exact where the batch has its last hidden state."""
         if not batch.top_ids.numel():
-            return ExactTeacher(batch.last.index_select(0, token_U), self.teacher_head_DH)
+            return ExactTeacher(batch.last.index_select(0, token_U), self.teacher_head_DH, batch.logsumexp[token_U])
         return CompressedTeacher(batch.top_ids[token_U], batch.top_log_probs[token_U], self.to_draft_V, len(self.teacher_head_DH))

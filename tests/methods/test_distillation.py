@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from specforge.methods.distillation import chunk_borders, row_maxima, soft_cross_entropy
+from specforge.methods.distillation import TaughtRows, chunked_loss, chunks_of, row_maxima
+from specforge.methods.objectives import Objective
 from specforge.methods.teacher import ExactTeacher
 
 
@@ -19,10 +20,12 @@ def test_chunks_equal_whole_logits(chunk_rows: int, dtype: torch.dtype, toleranc
     head = torch.randn(24, 16, dtype=dtype).mul_(6).requires_grad_()
     teacher, teacher_head = torch.randn(int(teacher_N[-1]) + 1, 16, dtype=dtype), torch.randn(24, 16, dtype=dtype)
     weight = torch.rand(31)
-    borders = chunk_borders(teacher_N.numpy(), chunk_rows)
-    assert len(borders) == {1: len(teacher), 100: 1}.get(chunk_rows, len(borders))
-    chunks = [(a, b, int(teacher_N[a]), int(teacher_N[b - 1]) + 1) for a, b in borders]
-    loss, proposals, confidences = soft_cross_entropy(hidden, row_N, head, ExactTeacher(teacher, teacher_head), teacher_N, weight, chunks)
+    chunks = chunks_of(teacher_N.numpy(), chunk_rows)
+    assert len(chunks) == {1: len(teacher), 100: 1}.get(chunk_rows, len(chunks))
+    rows = TaughtRows(row_N, weight, teacher_N, chunks)
+    exact = ExactTeacher(teacher, teacher_head, None)
+    loss, proposals, confidences, acceptance = chunked_loss(Objective(kl=1.0), [(hidden, head)], rows, exact)
+    assert acceptance is None
 
     logits = hidden[row_N] @ head.T
     target = (teacher @ teacher_head.T).softmax(-1)[teacher_N]
@@ -36,7 +39,21 @@ def test_chunks_equal_whole_logits(chunk_rows: int, dtype: torch.dtype, toleranc
 
 
 def test_a_chunk_holds_all_rows_of_a_position() -> None:
-    assert chunk_borders(np.array([0, 0, 1, 1, 1, 1, 2]), 3) == [(0, 2), (2, 6), (6, 7)]
+    assert chunks_of(np.array([0, 0, 1, 1, 1, 1, 2]), 3) == [(0, 2, 0, 1), (2, 6, 1, 2), (6, 7, 2, 3)]
+    assert chunks_of(np.array([], dtype=np.int64), 3) == []
+
+
+@pytest.mark.parametrize("frozen", ["head", "hidden", "everything"])
+def test_what_needs_no_gradient_gets_no_product(frozen: str) -> None:
+    """Counted in products with a factor as long as the vocabulary: logits, by the states, by the head."""
+    hidden, head = torch.randn(6, 5, requires_grad=True), torch.randn(7, 5, requires_grad=True)
+    rows = TaughtRows(torch.arange(6), torch.ones(6), torch.arange(6), [(0, 6, 0, 6)], label_N=torch.arange(6))
+    parts = [(hidden.requires_grad_(frozen != "hidden"), head.requires_grad_(frozen != "head"))]
+    with torch.set_grad_enabled(frozen != "everything"), torch.profiler.profile() as profile:
+        loss = chunked_loss(Objective(ce=1.0), parts, rows).loss_sum
+    products = sum(event.name in ("aten::mm", "aten::addmm_") for event in profile.events())
+    assert products == {"head": 2, "hidden": 2, "everything": 1}[frozen]
+    assert loss.requires_grad == (frozen != "everything")
 
 
 @pytest.mark.parametrize("size", [1, 7, 64, 96, 320])

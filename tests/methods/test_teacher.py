@@ -53,12 +53,14 @@ def test_the_formula_in_slow_form() -> None:
     to_draft = torch.full((20,), -1, dtype=torch.int32)
     to_draft[kept_V] = torch.arange(7, dtype=torch.int32)
     top, ids = probs.topk(4)
-    got = CompressedTeacher(ids.int(), top.log(), to_draft, 7).distribution(1, 6, torch.float64)
+    teacher = CompressedTeacher(ids.int(), top.log(), to_draft, 7)
+    renormalised, own = teacher.distribution(1, 6, torch.float64), teacher.log_probs(1, 6, torch.float64).exp()
     for row in range(5):
         p, known = probs[row + 1], ids[row + 1].tolist()
         tail = (1 - sum(float(p[i]) for i in known)) / 16
-        spread = [float(p[i]) if i in known else tail for i in kept_V]
-        torch.testing.assert_close(got[row], torch.tensor(spread, dtype=torch.float64) / sum(spread))
+        spread = torch.tensor([float(p[i]) if i in known else tail for i in kept_V], dtype=torch.float64)
+        torch.testing.assert_close(own[row], spread)
+        torch.testing.assert_close(renormalised[row], spread / spread.sum())
 
 
 def test_all_ids_are_the_exact_teacher() -> None:
@@ -68,8 +70,30 @@ def test_all_ids_are_the_exact_teacher() -> None:
     to_draft = torch.full((20,), -1, dtype=torch.int32)
     to_draft[kept] = torch.arange(5, dtype=torch.int32)
     log_probs, ids = (last @ head.T).log_softmax(-1).topk(20)
-    exact = ExactTeacher(last, head[kept]).distribution(0, 6, torch.float64)
-    torch.testing.assert_close(CompressedTeacher(ids.int(), log_probs, to_draft, 5).distribution(0, 6, torch.float64), exact)
+    exact = ExactTeacher(last, head[kept], (last @ head.T).logsumexp(-1))
+    compressed = CompressedTeacher(ids.int(), log_probs, to_draft, 5)
+    torch.testing.assert_close(exact.log_probs(2, 6, torch.float64), (last @ head.T).log_softmax(-1)[2:, kept])
+    torch.testing.assert_close(compressed.log_probs(0, 6, torch.float64), exact.log_probs(0, 6, torch.float64))
+    torch.testing.assert_close(compressed.distribution(0, 6, torch.float64), exact.distribution(0, 6, torch.float64))
+
+
+def test_a_rounded_teacher_is_never_surer_than_certain() -> None:
+    """In bfloat16 a logit of 30.07 is 30.125."""
+    last, head = torch.tensor([[30.07]]), torch.tensor([[1.0], [0.0]], dtype=torch.bfloat16)
+    normaliser = (last @ head.float().T).logsumexp(-1)
+    assert float((last.bfloat16() @ head.T).float()[0, 0] - normaliser) > 0.05
+    log_probs = ExactTeacher(last, head, normaliser).log_probs(0, 1, torch.float32)
+    torch.testing.assert_close(log_probs[0], torch.tensor([0.0, -30.125]))
+    torch.testing.assert_close(ExactTeacher(last, head, None).log_probs(0, 1, torch.float32), log_probs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_sure_target_whose_ids_the_draft_lacks_is_spread_evenly(dtype: torch.dtype) -> None:
+    """-1e-9 is 0 in float16, so nothing is left for other ids, and the draft has none of the known ones."""
+    to_draft = torch.tensor([0, 1, 2, -1, -1], dtype=torch.int32)
+    teacher = CompressedTeacher(torch.tensor([[3, 4]], dtype=torch.int32), torch.tensor([[-1e-9, -20.0]]).half(), to_draft, 3)
+    assert teacher.log_probs(0, 1, dtype).isfinite().all()
+    torch.testing.assert_close(teacher.distribution(0, 1, dtype), torch.full((1, 3), 1 / 3, dtype=dtype))
 
 
 def test_more_ids_teach_more_exactly(tmp_path: Path, target_path: Path) -> None:
