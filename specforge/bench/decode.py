@@ -148,7 +148,7 @@ def profile(
     """
     spent_s, rounds, whole_s = {"target": 0.0, "draft": 0.0}, 0, 0.0
     parts: list[tuple[str, Any, str]] = [("target", target.decoder, "forward"), ("target", target, "logits")]
-    parts += [("draft", drafter, name) for name in ("_rows", "_fed", "_logits")] + [("draft", drafter._draft, "fuse")]
+    parts += [("draft", drafter, name) for name in ("_rows", "_read")] + [("draft", drafter._draft, "fuse")]
     for prompt_S, new_tokens in prompts:
         timed = TimedDrafter(drafter, clock)
         with _clocked(parts, spent_s, clock, timed.asked_s):

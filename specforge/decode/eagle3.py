@@ -66,36 +66,40 @@ class Eagle3Drafter:
         self._row_B1 = torch.arange(rows, device=weight.device)[:, None]
         self._last_BH = torch.zeros(rows, config.hidden_size, dtype=weight.dtype, device=weight.device)
         self._lengths = [0] * rows
+        self._length_B1 = torch.zeros_like(self._row_B1)
         if self._adaptive is not None:
             self._adaptive.begin(rows)
 
     @torch.no_grad()
     def extend(self, next_ids_BM: torch.Tensor, aux_BMF: torch.Tensor, counts: Sequence[int]) -> None:
-        begin_B = torch.tensor(self._lengths, device=self._slot_S.device)
-        slot_BM = begin_B[:, None] + self._slot_S[: next_ids_BM.shape[1]]
+        slot_BM = self._length_B1 + self._slot_S[: next_ids_BM.shape[1]]
         self._lengths = [length + count for length, count in zip(self._lengths, counts, strict=True)]
-        used_slots = max(self._lengths)
-        slot_BM = slot_BM.clamp_max(len(self._slot_S) - 1)
-        visible_BMS = self._slot_S[:used_slots] <= slot_BM[..., None]
+        visible_BMS = self._slot_S[: max(self._lengths)] <= slot_BM[..., None]
         hidden_BMH = self._rows(self._draft.fuse(aux_BMF), next_ids_BM, slot_BM, slot_BM, visible_BMS)
         count_B1 = torch.tensor(counts, device=self._slot_S.device)[:, None]
-        last_BH = hidden_BMH[self._row_B1, (count_B1 - 1).clamp_min(0)][:, 0]
-        self._last_BH = torch.where(count_B1 > 0, last_BH, self._last_BH)
+        self._length_B1 = self._length_B1 + count_B1
+        if min(counts) == next_ids_BM.shape[1]:
+            self._last_BH = hidden_BMH[:, -1]
+        else:
+            last_BH = hidden_BMH[self._row_B1, (count_B1 - 1).clamp_min(0)][:, 0]
+            self._last_BH = torch.where(count_B1 > 0, last_BH, self._last_BH)
         if self._adaptive is not None:
             self._adaptive.saw(counts)
 
     @torch.no_grad()
     def propose(self) -> Proposal:
-        slot_B1 = torch.tensor(self._lengths, device=self._slot_S.device)[:, None]
-        hidden_BH, ids, probabilities = self._last_BH, list[torch.Tensor](), list[torch.Tensor]()
+        slot_BK = self._length_B1 + self._slot_S[: self.draft_nodes]
+        visible_BKS = self._slot_S[: max(self._lengths) + self.draft_nodes - 1] <= slot_BK[..., None]
+        hidden_BH = fed_BH = self._last_BH
+        ids, probabilities = list[torch.Tensor](), list[torch.Tensor]()
         if self._adaptive is not None:
             self._adaptive.start()
         while len(ids) < self.draft_nodes and (self._adaptive is None or self._adaptive.goes_on()):
             if ids:
-                visible_B1S = self._slot_S[: max(self._lengths) + len(ids)] <= slot_B1[..., None]
-                hidden_BH = self._rows(self._fed(hidden_BH)[:, None], ids[-1][:, None], slot_B1, slot_B1, visible_B1S)[:, 0]
-                slot_B1 = slot_B1 + 1
-            logits_BD = self._logits(hidden_BH)
+                row, slots = slice(len(ids) - 1, len(ids)), max(self._lengths) + len(ids)
+                slot_B1, visible_B1S = slot_BK[:, row], visible_BKS[:, row, :slots]
+                hidden_BH = self._rows(fed_BH[:, None], ids[-1][:, None], slot_B1, slot_B1, visible_B1S)[:, 0]
+            logits_BD, fed_BH = self._read(hidden_BH)
             if self._adaptive is not None:
                 confidence_B, drawn_B = logits_BD.softmax(-1, dtype=torch.float32).max(-1)
                 self._adaptive.drafted(confidence_B.tolist())
@@ -106,13 +110,9 @@ class Eagle3Drafter:
                 probabilities.append(probabilities_BV)
             ids.append(self._target_id_D[drawn_B])
         verified = len(ids) if self._adaptive is None else self._adaptive.verified()
-        ids_BK = torch.stack(ids[:verified], 1) if verified else slot_B1[:, :0]
+        ids_BK = torch.stack(ids[:verified], 1) if verified else slot_BK[:, :0]
         tree = Tree.chain(len(hidden_BH), verified, hidden_BH.device)
         return Proposal(ids_BK, tree, torch.stack(probabilities, 1) if probabilities else None)
-
-    def _fed(self, hidden_XH: torch.Tensor) -> torch.Tensor:
-        """What the row after an output is fed of it."""
-        return self._draft.final_norm(hidden_XH) if self._draft.config.norm_output else hidden_XH
 
     def _rows(
         self,
@@ -140,8 +140,10 @@ class Eagle3Drafter:
             hidden = layer.after_attention(hidden, mixed_BhMD.transpose(1, 2).flatten(0, 1), weights)
         return hidden.unflatten(0, shape[:2])
 
-    def _logits(self, hidden_XH: torch.Tensor) -> torch.Tensor:
-        return F.linear(self._draft.final_norm(hidden_XH), self._head_DH)
+    def _read(self, hidden_XH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits of the token that follows each output, and what the row of that token is fed of it."""
+        normed_XH = self._draft.final_norm(hidden_XH)
+        return F.linear(normed_XH, self._head_DH), normed_XH if self._draft.config.norm_output else hidden_XH
 
     def _drawn(self, logits_BD: torch.Tensor, sampling: Sampling) -> tuple[torch.Tensor, torch.Tensor]:
         """Draft ids [B] and the distribution they were drawn from, over the target's vocabulary [B, V]."""

@@ -1,6 +1,7 @@
 """Drafting a tree with EAGLE-3: a beam at each depth, of all its candidates the likeliest (EAGLE-2, arXiv 2406.16858, section 4).
 
-Shapes: B sequences, k beams, C candidates, N nodes with the root, S slots of the cache, H hidden, J slots of earlier depths.
+Shapes: B sequences, k beams, x = k * k children of a depth, C candidates, N nodes with the root, S slots of the cache, H hidden, J slots of
+earlier depths.
 """
 
 import torch
@@ -24,39 +25,38 @@ class Eagle3TreeDrafter(Eagle3Drafter):
 
     @torch.no_grad()
     def propose(self) -> Proposal:
-        beams, rows = self.shape.top_k, len(self._lengths)
-        length_B1 = torch.tensor(self._lengths, device=self._slot_S.device)[:, None]
-        score_BC, ids_BC = self._children(self._last_BH[:, None], self._last_BH.new_zeros(rows, 1))
+        beams, rows, length_B1 = self.shape.top_k, len(self._lengths), self._length_B1
+        score_BC, ids_BC, fed_B1H = self._children(self._last_BH[:, None], self._last_BH.new_zeros(rows, 1))
         parent_BC = torch.full_like(ids_BC, -1)
         place_Bk = self._slot_S[:beams].expand(rows, -1)  # of the beams among the candidates
-        hidden_BkH = self._last_BH[:, None].expand(-1, beams, -1)  # the output that each beam's token came from
+        fed_BkH = fed_B1H.expand(-1, beams, -1)  # of the output that each beam's token came from
         above_BkJ = torch.zeros(rows, beams, 0, dtype=torch.bool, device=score_BC.device)
         for depth in range(1, self.shape.depth):
             own_kk = torch.eye(beams, dtype=torch.bool, device=score_BC.device)
             above_BkJ = torch.cat([above_BkJ, own_kk.expand(rows, -1, -1)], 2)
             first_slot = (depth - 1) * beams
             hidden_BkH = self._rows(
-                self._fed(hidden_BkH),
+                fed_BkH,
                 ids_BC.gather(1, place_Bk),
                 (length_B1 + depth - 1).expand(-1, beams),
                 length_B1 + self._slot_S[first_slot : first_slot + beams],
                 self._visible(length_B1, above_BkJ),
             )
-            score_Bkk, ids_Bkk = (x.unflatten(1, (beams, beams)) for x in self._children(hidden_BkH, score_BC.gather(1, place_Bk)))
+            score_Bx, ids_Bx, fed_BkH = self._children(hidden_BkH, score_BC.gather(1, place_Bk))
             known = score_BC.shape[1]
-            score_BC, ids_BC = torch.cat([score_BC, score_Bkk.flatten(1)], 1), torch.cat([ids_BC, ids_Bkk.flatten(1)], 1)
+            score_BC, ids_BC = torch.cat([score_BC, score_Bx], 1), torch.cat([ids_BC, ids_Bx], 1)
             parent_BC = torch.cat([parent_BC, place_Bk.repeat_interleave(beams, 1)], 1)
-            best_Bk = score_Bkk.flatten(1).topk(beams).indices
+            best_Bk = score_Bx.topk(beams).indices
             place_Bk, from_Bk1 = known + best_Bk, (best_Bk // beams)[..., None]
-            hidden_BkH = hidden_BkH.gather(1, from_Bk1.expand(-1, -1, hidden_BkH.shape[2]))
+            fed_BkH = fed_BkH.gather(1, from_Bk1.expand(-1, -1, fed_BkH.shape[2]))
             above_BkJ = above_BkJ.gather(1, from_Bk1.expand(-1, -1, above_BkJ.shape[2]))
         return self._best(score_BC, ids_BC, parent_BC)
 
-    def _children(self, hidden_BMH: torch.Tensor, score_BM: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Scores and target ids [B, M * k] of the likeliest tokens after each output."""
-        log_BMD = self._logits(hidden_BMH).float().log_softmax(-1)
-        log_BMk, drawn_BMk = log_BMD.topk(self.shape.top_k)
-        return (score_BM[..., None] + log_BMk).flatten(1), self._target_id_D[drawn_BMk].flatten(1)
+    def _children(self, hidden_BMH: torch.Tensor, score_BM: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Scores and target ids [B, M * k] of the likeliest tokens after each output, and what their rows are fed [B, M, H]."""
+        logits_BMD, fed_BMH = self._read(hidden_BMH)
+        log_BMk, drawn_BMk = logits_BMD.float().log_softmax(-1).topk(self.shape.top_k)
+        return (score_BM[..., None] + log_BMk).flatten(1), self._target_id_D[drawn_BMk].flatten(1), fed_BMH
 
     def _visible(self, length_B1: torch.Tensor, above_BkJ: torch.Tensor) -> torch.Tensor:
         """The committed slots and, behind them, those of the beams above and of itself: [B, k, S]."""

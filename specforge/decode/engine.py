@@ -108,9 +108,7 @@ class Decoder:
             if not any(paths):
                 continue
             session.keep(paths)
-            node_BM = _padded(paths, device)
-            aux_BMF = block.aux_BNF[torch.arange(len(paths), device=device)[:, None], node_BM]
-            self._drafter.extend(_padded(following, device), aux_BMF, [len(path) for path in paths])
+            self._drafter.extend(_padded(following, device), _taken(block.aux_BNF, paths), [len(path) for path in paths])
         return texts
 
     def _verdict(self, logits_BNV: torch.Tensor, proposal: Proposal, ids_BN: torch.Tensor) -> Verdict:
@@ -126,6 +124,14 @@ class Decoder:
             tokens, text.finished = tokens[: end + 1], True
         text.ids += tokens
         return tokens
+
+
+def _taken(x_BNF: torch.Tensor, paths: Sequence[Sequence[int]]) -> torch.Tensor:
+    """Of each row the nodes of its path, padded with any: [B, longest, F]."""
+    longest = max(len(path) for path in paths)
+    if all(node == depth for path in paths for depth, node in enumerate(path)):
+        return x_BNF[:, :longest]
+    return x_BNF[torch.arange(len(paths), device=x_BNF.device)[:, None], _padded(paths, x_BNF.device)]
 
 
 def _padded(rows: Sequence[Sequence[int]], device: torch.device) -> torch.Tensor:

@@ -4,6 +4,7 @@ Shapes: B sequences, N nodes (node 0 is the root), K drafts of a chain.
 """
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Self
 
 import torch
@@ -24,9 +25,7 @@ class Tree:
 
     @classmethod
     def chain(cls, rows: int, draft_tokens: int, device: torch.device) -> Self:
-        node_N = torch.arange(draft_tokens + 1, device=device)
-        visible_NN = node_N <= node_N[:, None]
-        return cls(*(x.expand(rows, *x.shape) for x in (node_N - 1, node_N, visible_NN)))
+        return cls(*_chain(rows, draft_tokens, device))
 
     @classmethod
     def of(cls, parent_BN: torch.Tensor, max_depth: int) -> Self:
@@ -41,6 +40,12 @@ class Tree:
             depth_BN = depth_BN + inside_BN
             above_BN = torch.where(inside_BN, parent_BN.gather(1, column_BN), -1)
         return cls(parent_BN, depth_BN, visible_BNN)
+
+
+@cache
+def _chain(rows: int, draft_tokens: int, device: torch.device) -> list[torch.Tensor]:
+    node_N = torch.arange(draft_tokens + 1, device=device)
+    return [x.expand(rows, *x.shape) for x in (node_N - 1, node_N, node_N <= node_N[:, None])]
 
 
 @dataclass(frozen=True)

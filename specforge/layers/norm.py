@@ -3,10 +3,13 @@
 from typing import Any
 
 import torch
+from torch.nn import functional as F
 
 
 def normalise(x_RH: torch.Tensor, eps: float) -> torch.Tensor:
     """x / sqrt(mean(x^2) + eps) over the last dimension, in the data type of `x`; the mean is taken in float32 at least."""
+    if not torch.is_grad_enabled():
+        return F.rms_norm(x_RH, x_RH.shape[-1:], eps=eps)
     return _Normalise.apply(x_RH, eps)
 
 

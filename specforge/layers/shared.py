@@ -52,6 +52,8 @@ class _Share(torch.autograd.Function):
 
 def linear(x_RI: torch.Tensor, weight_OI: Shared, onto_RO: torch.Tensor | None = None) -> torch.Tensor:
     """x W^T: [R, O]; in place on top of what `onto_RO` holds, if that is given."""
+    if onto_RO is None and not torch.is_grad_enabled():
+        return F.linear(x_RI, weight_OI.tensor)
     return _Linear.apply(x_RI, weight_OI.tensor, weight_OI.grad, onto_RO)
 
 

@@ -91,7 +91,7 @@ def best_rate(costs: CostCurve, values: tuple[float, ...], chances: tuple[float,
         options = [(1 + survivals[:kept].sum(), costs.seconds(len(history), kept)) for kept in range(len(history) + 1)]
         if len(history) < costs.draft_tokens:
             after = [best(rate, (*history, place)) for place in range(len(values))]
-            options.append(tuple(sum(c * a[part] for c, a in zip(chances, after, strict=True)) for part in (0, 1)))  # type: ignore[arg-type]
+            options.append(tuple(sum(c * a[part] for c, a in zip(chances, after, strict=True)) for part in (0, 1)))
         return max(options, key=lambda option: option[0] - rate * option[1])
 
     rate = 0.0

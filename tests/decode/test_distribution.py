@@ -7,6 +7,7 @@ token is the target's alone, rounds of three or more nodes bring the others.
 import itertools
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -96,7 +97,7 @@ class WrongDecoder(Decoder):
         return self.sampled_rule(logits_BNV, ids_BN, proposal.probabilities_BKV, self._sampling, self._generator)
 
 
-WRONGS = {
+WRONGS: dict[str, tuple[str, dict[str, Any]]] = {
     "chain, feature off by one": ("chain", {"rule": off_by_one(follow)}),
     "tree, feature off by one": ("tree", {"rule": off_by_one(follow)}),
     "ngram, feature off by one": ("ngram", {"rule": off_by_one(follow)}),

@@ -264,7 +264,7 @@ def poison(world: World, folder: Path, target_path: Path, features: Path) -> str
             batch.aux.fill_(float("nan"))
         return plan(batch)
 
-    controller.method.plan = poisoned  # type: ignore[method-assign]
+    controller.method.plan = poisoned  # type: ignore[method-assign, assignment]
     before = None
     try:
         controller.fit()
