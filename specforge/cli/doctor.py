@@ -256,14 +256,13 @@ def _links(path: Path) -> Finding:
 
 def target(config: "RunConfig") -> Iterator[Finding]:
     """The model in `model.target_path`: readable, and small enough for where it is to run."""
-    from specforge.cli.inputs import Paths
+    from specforge.cli.inputs import Paths, captured_layers
     from specforge.features.tables import TargetConfig
-    from specforge.features.target import aux_layer_ids
 
     folder = Path(config.model.target_path)
     try:
         shape = TargetConfig.read(folder)
-        layers = aux_layer_ids(shape.num_hidden_layers, config.model.aux_layer_ids)
+        layers = captured_layers(config, shape.num_hidden_layers)
         needed = weight_bytes(folder, config.model.dtype)
     except SpecForgeError as error:
         yield Finding("target", "bad", str(error))

@@ -93,6 +93,11 @@ def read_tables(config: RunConfig) -> TargetTables:
     return replace(tables, embedding=tables.embedding.to(dtype), head=tables.head.to(dtype))
 
 
+def captured_layers(config: RunConfig, num_layers: int) -> tuple[int, ...]:
+    """The layers of a target of `num_layers` that this run reads: those asked for, else those that its method reads."""
+    return aux_layer_ids(num_layers, config.model.aux_layer_ids or config.method.options.captured_layers(num_layers))
+
+
 def feature_meta(config: RunConfig, tables: TargetTables, world: World) -> FeatureMeta:
     """What this run's features are; the target's files are hashed by rank 0."""
     encoder, target = build_encoder(config), Path(config.model.target_path)
@@ -102,7 +107,7 @@ def feature_meta(config: RunConfig, tables: TargetTables, world: World) -> Featu
         target_revision=config.model.target_revision,
         tokenizer_path=config.tokenizer_path,
         template_digest=encoder.template_digest,
-        aux_layer_ids=aux_layer_ids(tables.config.num_hidden_layers, config.model.aux_layer_ids),
+        aux_layer_ids=captured_layers(config, tables.config.num_hidden_layers),
         dtype=config.model.dtype,
         hidden_size=tables.config.hidden_size,
         vocab_size=tables.config.vocab_size,

@@ -1,18 +1,17 @@
 """What a run will cost, before it starts: steps, tokens, memory and disk."""
 
 from specforge.cli.compose import horizon
-from specforge.cli.inputs import Paths, encode, read_tables
+from specforge.cli.inputs import Paths, captured_layers, encode, read_tables
 from specforge.config import RunConfig
 from specforge.config.methods import registered
 from specforge.features.store import LocalFeatureStore, bytes_per_token
-from specforge.features.target import aux_layer_ids
 from specforge.training.state import TrainState
 
 
 def describe(config: RunConfig) -> str:
     """A few lines of text; nothing is written and no weight of the target but its tables is read."""
     tables = read_tables(config)
-    target, layers = tables.config, aux_layer_ids(tables.config.num_hidden_layers, config.model.aux_layer_ids)
+    target, layers = tables.config, captured_layers(config, tables.config.num_hidden_layers)
     folder, features = Paths.of(config).features, config.features
     captured = features.source == "offline" and folder.is_dir()
     lengths = LocalFeatureStore(folder).lengths.tolist() if captured else [len(s.input_ids) for s in encode(config, "train").samples]

@@ -47,14 +47,80 @@ class Eagle3Options:
 
     def __post_init__(self) -> None:
         for key, least in (("draft_tokens", 1), ("layers", 1), ("loss_chunk_rows", 0)):
-            if getattr(self, key) < least:
-                raise ConfigError(f"method.options.{key}={getattr(self, key)}: must be at least {least}; give a larger number.")
+            _at_least(key, getattr(self, key), least)
         if not 0 < self.step_decay <= 1:
             raise ConfigError(f"method.options.step_decay={self.step_decay}: must lie in (0, 1]; the paper uses 0.8.")
         if self.fc_norm and self.norm_before_fc:
             raise ConfigError("method.options.fc_norm=true and norm_before_fc=true exclude each other; keep one of them.")
         if not self.lk_eta >= 0:
             raise ConfigError(f"method.options.lk_eta={self.lk_eta}: must not be negative; the paper uses 3.")
+
+    def captured_layers(self, num_layers: int) -> tuple[int, ...]:
+        """Which layers of the target it reads unless told; empty: those that the serving engines capture by default."""
+        return ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class DFlashOptions:
+    """DFlash (arXiv 2602.06036): a block of mask tokens becomes a block of drafts in one forward."""
+
+    block_size: int = 16
+    """B: the anchor and the B - 1 drafts behind it."""
+    anchors: int = 512
+    """Blocks of a sample in a training step, drawn anew each time it is seen; an evaluation takes every start."""
+    layers: int = 5
+    layer_types: tuple[str, ...] = ()
+    """full_attention or sliding_attention for each layer; empty: full_attention. Sliding layers are causal within the block."""
+    sliding_window: int = 0
+    """Positions that a row of a sliding layer sees, its own included."""
+    intermediate_size: int = 0
+    """Width of the draft's feed-forward; 0: the target's."""
+    mask_token_id: int = -1
+    """Id whose embedding stands for a token to be drafted, in no training row; -1: the highest such id."""
+    loss: Literal["ce", "kl", "tv", "lk_alpha", "lk_lambda", "dpace", "dpace_prefix", "dpace_continuation"] = "ce"
+    """ce: cross-entropy with the text; kl: with the target's distribution; tv, lk_alpha, lk_lambda: what of it is not accepted; dpace:
+    ce, weighted by how probable the drafts before and after are, or by the former (prefix) or latter (continuation) alone."""
+    lk_eta: float = 3.0
+    """eta of lk_lambda: how fast it turns from kl to tv as acceptance grows."""
+    dpace_alpha: float = 0.5
+    """alpha of dpace: what a draft that cannot be right still counts for, in (0, 1]."""
+    position_decay: float = 7.0
+    """gamma: draft k weighs exp(-(k - 1) / gamma) in the loss; 0: all alike, as dpace has it."""
+    loss_chunk_rows: int = 0
+    """Rows whose vocabulary-wide numbers exist at one time; 0: 256 to 1,024."""
+
+    def __post_init__(self) -> None:
+        for key, least in (("block_size", 2), ("anchors", 1), ("layers", 1), ("loss_chunk_rows", 0), ("mask_token_id", -1)):
+            _at_least(key, getattr(self, key), least)
+        _at_least("position_decay", self.position_decay, 0)
+        _at_least("lk_eta", self.lk_eta, 0)
+        if not 0 < self.dpace_alpha <= 1:
+            raise ConfigError(f"method.options.dpace_alpha={self.dpace_alpha}: must lie in (0, 1]; the paper uses 0.5.")
+        unknown = sorted(set(self.layer_types) - {"full_attention", "sliding_attention"})
+        if unknown or len(self.layer_types) not in (0, self.layers):
+            raise ConfigError(
+                f"method.options.layer_types={list(self.layer_types)}: must be empty or name full_attention or sliding_attention for "
+                f"each of the {self.layers} layers."
+            )
+        if ("sliding_attention" in self.layer_types) != (self.sliding_window > 0):
+            raise ConfigError(
+                f"method.options.sliding_window={self.sliding_window}: must be positive where layer_types names sliding_attention, and 0 "
+                "elsewhere; change one of them."
+            )
+
+    def captured_layers(self, num_layers: int) -> tuple[int, ...]:
+        """As many layers of the target as the draft has, spread evenly from the second to the last but two, as indices into Hugging Face
+        `hidden_states`; of a target too shallow for that, from the first to the last but one."""
+        first, last = (1, num_layers - 3) if num_layers - 3 >= self.layers else (0, num_layers - 2)
+        count = min(self.layers, last - first + 1)
+        if count < 2:
+            return (min(num_layers // 2, last) + 1,)
+        return tuple(1 + round(first + i * (last - first) / (count - 1)) for i in range(count))
+
+
+def _at_least(key: str, value: float, least: float) -> None:
+    if value < least:
+        raise ConfigError(f"method.options.{key}={value}: must be at least {least}; give a larger number.")
 
 
 @dataclass(frozen=True)
@@ -89,6 +155,7 @@ METHODS: dict[str, Registered] = {
         Eagle3Options, "specforge.methods.eagle3:Eagle3", "specforge.decode.eagle3:Eagle3Drafter",
         tree_drafter="specforge.decode.eagle3_tree:Eagle3TreeDrafter",
     ),
+    "dflash": Registered(DFlashOptions, "specforge.methods.dflash:DFlash", "specforge.decode.block:BlockDrafter"),
 }  # fmt: skip
 
 

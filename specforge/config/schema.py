@@ -34,7 +34,7 @@ class ModelConfig:
     device_map: str = ""
     """Passed to accelerate ("auto" spreads and offloads a target larger than one device); empty: the rank's device."""
     aux_layer_ids: tuple[int, ...] = ()
-    """Indices into Hugging Face `hidden_states` (0 = embeddings); empty: (2, n//2, n-3), fewer layers: spread evenly."""
+    """Indices into Hugging Face `hidden_states` (0 = embeddings); empty: the method's own, of EAGLE-3 (2, n//2, n-3)."""
     draft_path: str = ""
     """Folder of an earlier draft (a checkpoint) whose weights and draft vocabulary this run starts from."""
 

@@ -1,0 +1,301 @@
+"""DFlash: blocks of masked tokens behind anchors of the text, each row taught the token at its place.
+
+Drafting from a start s (its token known, its feature not) gives the drafts k = 1..K for the tokens s + k. In training some starts of
+every sample are anchors, drawn from (seed, step, sample number) alone; in an evaluation every start is one. Draft k counts while all
+of the tokens s + 1..s + k are supervised, in the same document as s. With w_k = exp(-(k - 1) / gamma):
+
+    loss_sum = sum over anchors and their drafts of w_k CE_sk        weight = sum of the same w_k
+
+(arXiv 2602.06036). With D-PACE (arXiv 2605.18810) the weights come out of the probabilities of the labels, and weight counts drafts.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from specforge import files
+from specforge.config.methods import DFlashOptions
+from specforge.errors import CheckpointError, ConfigError
+from specforge.features.batch import DraftBatch
+from specforge.features.source import FeatureStore
+from specforge.features.tables import TargetTables
+from specforge.layers.block_attention import BlockMask
+from specforge.layers.rows import to_device
+from specforge.methods.base import Moment, Plan, StepOutput
+from specforge.methods.distillation import TaughtRows, chunked_loss, chunks_of, default_chunk_rows
+from specforge.methods.objectives import Objective
+from specforge.methods.teacher import CompressedTeacher, ExactTeacher, Teacher
+from specforge.models.dflash import FULL, SLIDING, Blocks, DFlashConfig, DFlashDraft
+from specforge.models.draft_folder import read_draft_config
+
+
+@dataclass(frozen=True)
+class BlockPlan(Plan):
+    """Host-side indices, all int64. The N drafts that count are listed block by block, k ascending."""
+
+    anchors_A: np.ndarray
+    """Packed token index of each block's anchor, ascending."""
+    block_N: np.ndarray
+    draft_N: np.ndarray
+    """k, from 1 on."""
+
+    @property
+    def start_N(self) -> np.ndarray:
+        return self.anchors_A[self.block_N]
+
+
+def plan_blocks(batch: DraftBatch, draft_weight_K: np.ndarray, anchors: int, moment: Moment | None) -> BlockPlan:
+    """At most `anchors` blocks a sample, or one at every start if there is no moment; draft k weighs `draft_weight_K[k - 1]`."""
+    mask_T, documents = batch.loss_mask.numpy(), batch.documents
+    token_T = np.arange(len(mask_T))
+    ends = np.flatnonzero(~mask_T | (documents.position_T == 0))
+    supervised_T = np.append(ends, len(mask_T))[np.searchsorted(ends, token_T, side="right")] - token_T - 1
+    anchors_A = np.flatnonzero(mask_T & (supervised_T > 0))
+    if moment is not None and len(anchors_A):
+        borders = np.searchsorted(anchors_A, documents.starts)
+        drawn = [
+            np.random.default_rng([moment.seed, moment.step, sample]).permutation(anchors_A[begin:end])[:anchors]
+            for sample, (begin, end) in zip(batch.samples, pairwise(borders), strict=True)
+        ]
+        anchors_A = np.sort(np.concatenate(drawn))
+    drafts_A = np.minimum(supervised_T[anchors_A], len(draft_weight_K))
+    block_N = np.repeat(np.arange(len(anchors_A)), drafts_A)
+    draft_N = np.arange(len(block_N)) - (np.cumsum(drafts_A) - drafts_A)[block_N] + 1
+    if not len(anchors_A):  # every rank's backward must reach the parameters, or the reduction of the others would wait for it
+        anchors_A = np.zeros(1, dtype=np.int64)
+    return BlockPlan(float(draft_weight_K[draft_N - 1].sum()), anchors_A, block_N, draft_N)
+
+
+class DFlash(nn.Module):
+    """The draft together with the frozen tables of its target, which no checkpoint stores."""
+
+    embedding_VH: torch.Tensor
+    head_VH: torch.Tensor
+    first_draft_row: ClassVar[int] = 1
+    """The row of a block that predicts draft 1; row 0 is the anchor's."""
+
+    def __init__(self, options: DFlashOptions, draft: DFlashDraft, tables: TargetTables) -> None:
+        super().__init__()
+        self.options, self.draft = options, draft
+        self.draft_tokens = options.block_size - self.first_draft_row
+        self.objective = objective(options)
+        decay = 0.0 if self.objective.pace or not options.position_decay else 1 / options.position_decay
+        self._draft_weight_K = np.exp(-decay * np.arange(self.draft_tokens))
+        self.register_buffer("embedding_VH", tables.embedding, persistent=False)
+        self.register_buffer("head_VH", tables.head[: tables.config.vocab_size], persistent=False)
+
+    @classmethod
+    def build(cls, options: DFlashOptions, tables: TargetTables, store: FeatureStore, seed: int) -> Self:
+        """A new draft of random weights.
+
+        Raises:
+            ConfigError: the block does not fit the target's context, a captured layer is none that a draft can read, or the mask token is
+                a token of the training rows.
+        """
+        mask_token_id = unused_token(options.mask_token_id, store, tables.config.vocab_size)
+        draft = DFlashDraft(derive_config(options, tables, store.aux_layer_ids, mask_token_id))
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for name, parameter in draft.named_parameters():
+                if parameter.dim() == 2:
+                    std = 1 / math.sqrt(parameter.shape[1])
+                    parameter.normal_(
+                        0.0, std / math.sqrt(2) if name.endswith(("o_proj.weight", "down_proj.weight")) else std, generator=generator
+                    )
+        return cls(options, draft, tables)
+
+    @classmethod
+    def read(cls, options: DFlashOptions, tables: TargetTables, folder: Path) -> Self:
+        """The shape of a checkpointed draft; its weights are loaded by the caller, sharded or whole."""
+        stored = read_draft_config(folder)
+        lists = ("aux_layer_ids", "layer_types")
+        kinds: dict[str, Any] = {**files.kinds_of(DFlashConfig), **dict.fromkeys(lists, list)}
+        files.check_fields(stored, f"{folder}/config.json", CheckpointError, **kinds)
+        values: dict[str, Any] = {name: tuple(stored[name]) if name in lists else stored[name] for name in kinds}
+        config = DFlashConfig(**values)
+        mask_token_id = config.mask_token_id if options.mask_token_id < 0 else options.mask_token_id
+        expected = derive_config(options, tables, config.aux_layer_ids, mask_token_id)
+        differing = [
+            f"{key} is {getattr(config, key)!r}, this run wants {getattr(expected, key)!r}"
+            for key in kinds
+            if getattr(config, key) != getattr(expected, key)
+        ]
+        if differing:
+            raise CheckpointError(
+                f"draft in {folder}: {'; '.join(differing)}. Set method.options to the draft's values or train a new draft."
+            )
+        return cls(options, DFlashDraft(config), tables)
+
+    @classmethod
+    def count_parameters(cls, options: DFlashOptions, tables: TargetTables, aux_layer_ids: tuple[int, ...]) -> int:
+        """Trained parameters of the draft that `build` would make; nothing is allocated."""
+        with torch.device("meta"):
+            draft = DFlashDraft(derive_config(options, tables, aux_layer_ids, 0))
+        return sum(parameter.numel() for parameter in draft.parameters())
+
+    def config_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self.draft.config)
+
+    def plan(self, batch: DraftBatch, moment: Moment | None = None) -> BlockPlan:
+        return plan_blocks(batch, self._draft_weight_K, self.options.anchors, moment)
+
+    def forward(self, batch: DraftBatch, plan: BlockPlan) -> StepOutput:
+        hidden_NH = self._hidden_states(batch, plan)
+        return self.loss(batch, plan, [(hidden_NH, self.head_VH.to(hidden_NH.dtype))])
+
+    def embed(self, ids: torch.Tensor) -> torch.Tensor:
+        return F.embedding(ids, self.embedding_VH).to(self.draft.fc.weight.dtype)
+
+    def block_ids(self, anchor_A: torch.Tensor) -> torch.Tensor:
+        """What the rows of blocks are fed [A, B]: the anchor's token and masks."""
+        ids_AB = torch.full((len(anchor_A), self.options.block_size), self.draft.config.mask_token_id, device=anchor_A.device)
+        ids_AB[:, 0] = anchor_A
+        return ids_AB
+
+    def drafting(self, hidden_BNH: torch.Tensor) -> Callable[[int, torch.Tensor], torch.Tensor]:
+        """Drafts of a block out of its outputs: the logits [B, V] at a place, 0, 1, ..., given the token before it [B]."""
+        hidden_BKH = hidden_BNH[:, self.first_draft_row :]
+        logits_BKV = hidden_BKH @ self.head_VH.to(hidden_BKH.dtype).T
+        return lambda place, previous_B: logits_BKV[:, place]
+
+    def _hidden_states(self, batch: DraftBatch, plan: BlockPlan) -> torch.Tensor:
+        """The draft's outputs [N, H], after the final norm, of the rows whose drafts count."""
+        config, documents, device = self.draft.config, batch.documents, batch.input_ids.device
+        row_B = np.arange(config.block_size)
+        position_R = (documents.position_T[plan.anchors_A][:, None] + row_B).ravel()
+        angles_P1C = self.draft.rotary(max(documents.lengths) + config.block_size)
+        embedded_RH = self.embed(self.block_ids(batch.input_ids[to_device(plan.anchors_A, device)])).flatten(0, 1)
+        windows = {FULL: 0, SLIDING: config.sliding_window}
+        blocks = Blocks(
+            angles_P1C[to_device(documents.position_T, device)],
+            angles_P1C[to_device(position_R, device)],
+            {
+                kind: BlockMask.of(documents, plan.anchors_A, config.block_size, windows[kind], device, embedded_RH.dtype)
+                for kind in set(config.layer_types)
+            },
+            to_device(plan.block_N * config.block_size + plan.draft_N - 1 + self.first_draft_row, device),
+        )
+        return self.draft(batch.aux, embedded_RH, blocks)
+
+    def loss(self, batch: DraftBatch, plan: BlockPlan, parts: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> StepOutput:
+        """Loss, counts, proposals and their confidences from the `parts` of the drafts' logits, hidden [N, ...] and head [V, ...]."""
+        device, vocab_size = batch.input_ids.device, len(self.head_VH)
+        order_N = np.arange(len(plan.block_N)) if self.objective.pace else np.argsort(plan.start_N + plan.draft_N, kind="stable")
+        start_N, draft_N = plan.start_N[order_N], plan.draft_N[order_N]
+        teacher_U, group_N = np.unique(plan.block_N if self.objective.pace else start_N + draft_N - 1, return_inverse=True)
+        starts, columns = to_device(start_N, device), to_device(draft_N - 1, device)
+        rows = TaughtRows(
+            to_device(order_N, device),
+            to_device(self._draft_weight_K[draft_N - 1].astype(np.float32), device),
+            to_device(group_N, device),
+            chunks_of(group_N, self.options.loss_chunk_rows or default_chunk_rows(vocab_size)),
+            label_N=batch.input_ids[starts + 1 + columns].long() if self.objective.needs_label else None,
+            depth_N=columns if self.objective.pace else None,
+            block_size=self.draft_tokens if self.objective.pace else 0,
+        )
+        teacher = self._teacher(batch, to_device(teacher_U, device)) if self.objective.needs_teacher else None
+        loss = chunked_loss(self.objective, parts, rows, teacher)
+
+        proposals_TK = torch.full((batch.documents.num_tokens, self.draft_tokens), -1, dtype=torch.int32, device=device)
+        proposals_TK[starts, columns] = loss.proposals_N.int()
+        confidences_TK = torch.zeros(proposals_TK.shape, device=device)
+        confidences_TK[starts, columns] = loss.confidences_N
+        right_N = loss.proposals_N == batch.argmax[starts + columns]
+        zeros = torch.zeros(self.draft_tokens, device=device)
+        tally = {
+            "correct": zeros.index_add(0, columns, right_N.float()),
+            "count": zeros.index_add(0, columns, torch.ones_like(right_N, dtype=torch.float32)),
+        }
+        return StepOutput(loss.loss_sum, tally, proposals_TK, confidences_TK)
+
+    def _teacher(self, batch: DraftBatch, token_U: torch.Tensor) -> Teacher:
+        """The target's distribution at some tokens, exact where the batch has its last hidden state."""
+        if not batch.top_ids.numel():
+            return ExactTeacher(batch.last.index_select(0, token_U), self.head_VH, batch.logsumexp[token_U])
+        everything_V = torch.arange(len(self.head_VH), dtype=torch.int32, device=token_U.device)
+        return CompressedTeacher(batch.top_ids[token_U], batch.top_log_probs[token_U], everything_V, len(self.head_VH))
+
+
+def objective(options: DFlashOptions) -> Objective:
+    alpha = options.dpace_alpha
+    return {
+        "ce": Objective(ce=1.0),
+        "kl": Objective(kl=1.0),
+        "tv": Objective(tv=1.0),
+        "lk_alpha": Objective(lk_alpha=1.0),
+        "lk_lambda": Objective(lk_lambda=1.0, lk_eta=options.lk_eta),
+        "dpace": Objective(ce=1.0, pace="dpace", pace_alpha=alpha),
+        "dpace_prefix": Objective(ce=1.0, pace="prefix", pace_alpha=alpha),
+        "dpace_continuation": Objective(ce=1.0, pace="continuation", pace_alpha=alpha),
+    }[options.loss]
+
+
+def derive_config(options: DFlashOptions, tables: TargetTables, aux_layer_ids: tuple[int, ...], mask_token_id: int) -> DFlashConfig:
+    """The draft's shape from its target's: same width, heads, RoPE and context length.
+
+    Raises:
+        ConfigError: the block does not fit the context, the mask token is none of the vocabulary, or a captured layer is none that an
+            engine hands out.
+    """
+    target = tables.config
+    if options.block_size > target.max_position_embeddings:
+        raise ConfigError(
+            f"method.options.block_size={options.block_size}: the target has {target.max_position_embeddings} positions; "
+            "choose a smaller block."
+        )
+    if mask_token_id >= target.vocab_size:
+        raise ConfigError(
+            f"method.options.mask_token_id={mask_token_id}: the target has {target.vocab_size} ids; choose one below, or leave it out."
+        )
+    if not all(0 < layer < target.num_hidden_layers for layer in aux_layer_ids):
+        raise ConfigError(
+            f"model.aux_layer_ids={list(aux_layer_ids)}: must lie between 1 and {target.num_hidden_layers - 1}, outputs of the target's "
+            "layers but the last; leave it empty for layers spread evenly."
+        )
+    return DFlashConfig(
+        hidden_size=target.hidden_size,
+        target_hidden_size=target.hidden_size,
+        intermediate_size=options.intermediate_size or target.intermediate_size,
+        num_hidden_layers=options.layers,
+        num_attention_heads=target.num_attention_heads,
+        num_key_value_heads=target.num_key_value_heads,
+        head_dim=target.head_dim,
+        rms_norm_eps=target.rms_norm_eps,
+        vocab_size=target.vocab_size,
+        max_position_embeddings=target.max_position_embeddings,
+        rope_parameters=target.rope_parameters,
+        aux_layer_ids=aux_layer_ids,
+        block_size=options.block_size,
+        mask_token_id=mask_token_id,
+        layer_types=options.layer_types or (FULL,) * options.layers,
+        sliding_window=options.sliding_window,
+    )
+
+
+def unused_token(wanted: int, store: FeatureStore, vocab_size: int) -> int:
+    """The id `wanted`, or the highest if that is negative, that no row of `store` contains.
+
+    Raises:
+        ConfigError: a row contains it, or all ids are taken.
+    """
+    used_V = np.zeros(vocab_size, dtype=bool)
+    for number in range(len(store)):
+        used_V[store.tokens(number)[0].numpy()] = True
+    free = np.flatnonzero(~used_V)
+    if 0 <= wanted < vocab_size and used_V[wanted]:
+        other = f"such as {free[-1]}" if len(free) else "but this target has none left"
+        raise ConfigError(f"method.options.mask_token_id={wanted}: occurs in the training rows; choose an id that does not, {other}.")
+    if wanted < 0 and not len(free):
+        raise ConfigError(
+            f"method.options.mask_token_id={wanted}: the training rows contain all {vocab_size} ids; reserve one of the target's."
+        )
+    return wanted if wanted >= 0 else int(free[-1])

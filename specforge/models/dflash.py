@@ -1,0 +1,186 @@
+"""The DFlash draft: mask tokens in, a whole block of tokens out in one forward (arXiv 2602.06036).
+
+A block holds the anchor's token and B - 1 mask tokens, at the positions of the anchor and behind it. Its rows attend to the target's
+features of the tokens before the anchor, which are fused once and are keys and values of every layer, and to each other. The rows are
+those of Qwen3-style layers; embedding and head are the target's.
+
+Shapes: T packed tokens, R rows (A blocks of B), H hidden, F = captured layers * H, h query heads, g key heads, D head width.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from specforge.layers.block_attention import BlockMask, block_attention
+from specforge.layers.norm import normalise
+from specforge.layers.rotary import Rotary, pair_rows, rotate
+from specforge.layers.rows import take_rows
+from specforge.layers.shared import Shared, linear
+from specforge.layers.swiglu import swiglu
+
+FULL, SLIDING = "full_attention", "sliding_attention"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DFlashConfig:
+    """Shape of the draft; `as_dict` is what a checkpoint's `config.json` holds."""
+
+    hidden_size: int
+    target_hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    vocab_size: int
+    max_position_embeddings: int
+    rope_parameters: dict[str, Any]
+    aux_layer_ids: tuple[int, ...]
+    """Indices into Hugging Face `hidden_states`, ascending."""
+    block_size: int
+    """B, the anchor included."""
+    mask_token_id: int
+    layer_types: tuple[str, ...]
+    sliding_window: int
+    """W of the layers of type sliding_attention; 0 where there are none."""
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Where the rows of a batch's blocks stand and what they see."""
+
+    angle_T1C: torch.Tensor
+    """What `Rotary` gives for the position of each token."""
+    angle_R1C: torch.Tensor
+    """The same for each row."""
+    masks: dict[str, BlockMask]
+    """By type of layer."""
+    wanted_N: torch.Tensor
+    """The rows whose output is wanted, int64."""
+
+
+@dataclass(frozen=True)
+class LayerWeights:
+    """A layer's projections; the weights of the norms before them are multiplied into their columns."""
+
+    qkv_XH: Shared
+    """q, k and v below each other, of the rows' hidden state."""
+    context_YH: Shared
+    """k and v of the fused features."""
+    query_norm_D: torch.Tensor
+    """Scaled, in the order of `pair_rows`."""
+    key_norm_D: torch.Tensor
+    output_HZ: Shared
+    gate_up_YH: Shared
+    down_HI: Shared
+
+
+class Attention(nn.Module):
+    def __init__(self, config: DFlashConfig) -> None:
+        super().__init__()
+        hidden, width = config.hidden_size, config.head_dim
+        self.q_proj = nn.Linear(hidden, config.num_attention_heads * width, bias=False)
+        self.k_proj = nn.Linear(hidden, config.num_key_value_heads * width, bias=False)
+        self.v_proj = nn.Linear(hidden, config.num_key_value_heads * width, bias=False)
+        self.o_proj = nn.Linear(config.num_attention_heads * width, hidden, bias=False)
+        self.q_norm = nn.RMSNorm(width, config.rms_norm_eps)
+        self.k_norm = nn.RMSNorm(width, config.rms_norm_eps)
+
+
+class FeedForward(nn.Module):
+    def __init__(self, config: DFlashConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+
+class DFlashLayer(nn.Module):
+    """A Qwen3 decoder layer, whose rows see the fused features beside each other."""
+
+    def __init__(self, config: DFlashConfig) -> None:
+        super().__init__()
+        self.head_dim, self.heads, self.groups = config.head_dim, config.num_attention_heads, config.num_key_value_heads
+        self.eps = config.rms_norm_eps
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = FeedForward(config)
+
+    def weights(self, context_norm_H: torch.Tensor) -> LayerWeights:
+        """`context_norm_H`: the weight of the norm that all layers' context has passed."""
+        own, mlp = self.self_attn, self.mlp
+        q, k = (pair_rows(projection.weight, self.head_dim) for projection in (own.q_proj, own.k_proj))
+        query_norm_D, key_norm_D = (pair_rows(norm.weight[:, None], self.head_dim)[:, 0] for norm in (own.q_norm, own.k_norm))
+        return LayerWeights(
+            Shared(torch.cat([q, k, own.v_proj.weight]) * self.input_layernorm.weight),
+            Shared(torch.cat([k, own.v_proj.weight]) * context_norm_H),
+            query_norm_D * self.head_dim**-0.5,
+            key_norm_D,
+            Shared(own.o_proj.weight),
+            Shared(torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]) * self.post_attention_layernorm.weight),
+            Shared(mlp.down_proj.weight),
+        )
+
+    def context_keys_values(self, normed_TH: torch.Tensor, weights: LayerWeights, angle_T1C: torch.Tensor) -> torch.Tensor:
+        """Keys and values [T, 2, g, D] of `normalise`d fused features."""
+        k_TgD, v_TgD = linear(normed_TH, weights.context_YH).unflatten(-1, (2, self.groups, self.head_dim)).unbind(1)
+        return torch.stack([rotate(normalise(k_TgD, self.eps) * weights.key_norm_D, angle_T1C), v_TgD], 1)
+
+    def queries_keys_values(
+        self, normed_RH: torch.Tensor, weights: LayerWeights, angle_R1C: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Queries [R, h, D], scaled, and keys and values [2, R, g, D] of `normalise`d rows."""
+        heads, groups = self.heads, self.groups
+        qkv_RXD = linear(normed_RH, weights.qkv_XH).unflatten(-1, (-1, self.head_dim))
+        q_RhD, k_RgD, v_RgD = qkv_RXD.split([heads, groups, groups], 1)
+        q_RhD = rotate(normalise(q_RhD, self.eps) * weights.query_norm_D, angle_R1C)
+        k_RgD = rotate(normalise(k_RgD, self.eps) * weights.key_norm_D, angle_R1C)
+        return q_RhD, torch.stack([k_RgD, v_RgD])
+
+    def after_attention(self, hidden_RH: torch.Tensor, mixed_RhD: torch.Tensor, weights: LayerWeights) -> torch.Tensor:
+        """Output projection and feed-forward, each added to what went in."""
+        hidden_RH = hidden_RH + linear(mixed_RhD.flatten(1), weights.output_HZ)
+        return hidden_RH + linear(swiglu(linear(normalise(hidden_RH, self.eps), weights.gate_up_YH)), weights.down_HI)
+
+
+class DFlashDraft(nn.Module):
+    """The trained network, its tensors named as the serving engines name them."""
+
+    def __init__(self, config: DFlashConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.fc = nn.Linear(len(config.aux_layer_ids) * config.target_hidden_size, config.hidden_size, bias=False)
+        self.hidden_norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.layers = nn.ModuleList(DFlashLayer(config) for _ in range(config.num_hidden_layers))
+        self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.rotary = Rotary(config.head_dim, config.max_position_embeddings, config.rope_parameters)
+
+    @property
+    def stack(self) -> list[DFlashLayer]:
+        return [layer for layer in self.layers if isinstance(layer, DFlashLayer)]
+
+    def fuse(self, aux_XF: torch.Tensor) -> torch.Tensor:
+        """Captured layers [..., F], low to high, -> [..., H], `normalise`d: the weight of `hidden_norm` is in every layer's projection."""
+        return normalise(self.fc(aux_XF.to(self.fc.weight.dtype)), self.config.rms_norm_eps)
+
+    def forward(self, aux_TF: torch.Tensor, embedded_RH: torch.Tensor, blocks: Blocks) -> torch.Tensor:
+        """Outputs [N, H] of the wanted rows, after the final norm."""
+        config, hidden, context_TH = self.config, embedded_RH, self.fuse(aux_TF)
+        for depth, (layer, kind) in enumerate(zip(self.stack, config.layer_types, strict=True)):
+            weights = layer.weights(self.hidden_norm.weight)
+            context_T2gD = Shared(layer.context_keys_values(context_TH, weights, blocks.angle_T1C))
+            q_RhD, own_2RgD = layer.queries_keys_values(normalise(hidden, layer.eps), weights, blocks.angle_R1C)
+            by_block = (-1, config.block_size)
+            mixed_ABhD = block_attention(q_RhD.unflatten(0, by_block), own_2RgD.unflatten(1, by_block), context_T2gD, blocks.masks[kind])
+            mixed_RhD = mixed_ABhD.flatten(0, 1)
+            if depth == config.num_hidden_layers - 1:
+                hidden, mixed_RhD = take_rows(hidden, blocks.wanted_N), take_rows(mixed_RhD, blocks.wanted_N)
+            hidden = layer.after_attention(hidden, mixed_RhD, weights)
+        return self.final_norm(hidden)
+
+    def final_norm(self, hidden_XH: torch.Tensor) -> torch.Tensor:
+        return normalise(hidden_XH, self.config.rms_norm_eps) * self.norm.weight
