@@ -253,7 +253,7 @@ def test_dpace_by_hand(pace: str, masked: bool) -> None:
     rows = TaughtRows(
         torch.arange(3), weight, torch.zeros(3, dtype=torch.int64), [(0, 3, 0, 1)], label_N=label, depth_N=torch.arange(3), block_size=4
     )
-    objective = Objective(ce=1.0, pace=pace)  # type: ignore[arg-type]
+    objective = Objective(ce=1.0, pace=pace)
     loss = chunked_loss(objective, [(hidden, torch.eye(3, dtype=torch.float64))], rows).loss_sum
     expected = torch.tensor((HAND_WITHOUT_THE_SECOND if masked else HAND)[pace], dtype=torch.float64)
     close(loss, -expected @ probs.diagonal().log())
@@ -276,7 +276,7 @@ def test_dpace_of_ragged_blocks(pace: str, chunk_rows: int, base_share: float) -
         label_N=label_N, depth_N=torch.from_numpy(depth_N), block_size=5,
     )  # fmt: skip
     made.rows = rows
-    objective = Objective(ce=1.0, pace=pace, pace_alpha=alpha)  # type: ignore[arg-type]
+    objective = Objective(ce=1.0, pace=pace, pace_alpha=alpha)
     loss = chunked_loss(objective, made.parts, rows, base_share=base_share).loss_sum
 
     q_N = made.logits(2).softmax(-1)[torch.arange(count), label_N].detach()
