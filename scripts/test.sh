@@ -14,7 +14,7 @@ if [[ "${1:-}" == "--all" ]]; then
     shift
 fi
 
-export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}"
 python="$venv/bin/python"
 "$python" -m ruff format --check .
 "$python" -m ruff check .
