@@ -5,11 +5,14 @@ F = A*H, V vocabulary.
 """
 
 import inspect
+import weakref
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch.nn import functional as F
 
 from specforge.decode.cache import SlotCache
 from specforge.decode.tree import Tree
@@ -56,6 +59,9 @@ class TargetSession:
         self._device = target.device
         self._cache = SlotCache(target.num_layers, capacity, self._device)
         self._last_position = (text_tokens or capacity) - 1
+        hooks = ExitStack()
+        self._stream = hooks.enter_context(target.residual_stream(self.layer_ids))
+        weakref.finalize(self, hooks.close)
         self._shown, self._hidden = torch.tensor([0.0, torch.finfo(target.dtype).min], dtype=target.dtype, device=self._device)
 
     def prefill(self, prompts: Sequence[np.ndarray]) -> Block:
@@ -96,20 +102,22 @@ class TargetSession:
 
     @torch.no_grad()
     def _run(self, ids_BN: torch.Tensor, position_BN: torch.Tensor, mask: torch.Tensor | dict[str, torch.Tensor] | None) -> Block:
-        with self.target.residual_stream(self.layer_ids) as stream:
-            output = self.target.decoder(
-                input_ids=ids_BN, attention_mask=mask, position_ids=position_BN, past_key_values=self._cache, use_cache=True
-            )
+        output = self.target.decoder(
+            input_ids=ids_BN, attention_mask=mask, position_ids=position_BN, past_key_values=self._cache, use_cache=True
+        )
         last_BNH = output.last_hidden_state.to(self._device)
-        aux = [stream[layer].to(self._device) for layer in self.layer_ids]
+        aux = [self._stream[layer].to(self._device) for layer in self.layer_ids]
         return Block(last_BNH, torch.cat(aux, dim=-1) if aux else last_BNH[..., :0])
 
     def _mask(self, visible_BNN: torch.Tensor, position_B1N: torch.Tensor) -> torch.Tensor | dict[str, torch.Tensor]:
         """What is added to the attention scores [B, 1, N, U]: one for all layers, or one for each type of layer."""
         slots = self._cache.slots
         slot_U = slots.slot_C[: slots.stop]
-        visible_BNU = (slot_U < slots.start).expand(*visible_BNN.shape[:2], -1).clone()
-        slots.write(visible_BNU, visible_BNN)
+        if isinstance(slots.start, int):
+            visible_BNU = F.pad(visible_BNN, (slots.start, 0), value=True)
+        else:
+            visible_BNU = (slot_U < slots.start).expand(*visible_BNN.shape[:2], -1).clone()
+            slots.write(visible_BNU, visible_BNN)
         if self._layer_types == {_FULL}:
             return self._scores(visible_BNU)
         position_B1U = slot_U.repeat(len(visible_BNN), 1, 1)
