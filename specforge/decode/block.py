@@ -17,7 +17,6 @@ from specforge.decode.drafter import Proposal
 from specforge.decode.sampling import Sampling
 from specforge.decode.tree import Tree
 from specforge.errors import ConfigError
-from specforge.layers.norm import normalise
 from specforge.methods.dflash import DFlash
 from specforge.models.dflash import FULL, SLIDING
 
@@ -114,9 +113,9 @@ class BlockDrafter:
             FULL: (slot_U <= slot_BN1[:, -1:]).expand(-1, config.block_size, -1),
             SLIDING: (slot_U <= slot_BN1) & (slot_U > slot_BN1 - config.sliding_window),
         }
-        hidden, angle_R1C = self._method.embed(self._method.block_ids(self._anchor_B)).flatten(0, 1), self._angles_S1C[slot_BN.flatten()]
+        hidden, angle_R1C = self._draft.spread(self._method.embed_blocks(self._anchor_B)), self._angles_S1C[slot_BN.flatten()]
         for kind, layer, weights, cache_2BSgD in zip(config.layer_types, self._draft.stack, self._weights, self._cache_L2BSgD, strict=True):
-            q_RhD, own_2RgD = layer.queries_keys_values(normalise(hidden, layer.eps), weights, angle_R1C)
+            q_RhD, own_2RgD = layer.queries_keys_values(layer.project(hidden, weights), weights, angle_R1C)
             cache_2BSgD[:, self._row_B1, slot_BN] = own_2RgD.unflatten(1, slot_BN.shape)
             k_BgUD, v_BgUD = cache_2BSgD[:, :, : len(slot_U)].transpose(2, 3)
             mixed_BhND = F.scaled_dot_product_attention(

@@ -181,5 +181,6 @@ def _weights(
     torch.bmm(q_gND, k_gKD.mT, out=scores_gNX[..., :num_keys])
     scores_gNX[..., num_keys - num_border : num_keys].unflatten(1, (num_blocks, rows, -1)).add_(bias_GB1K)
     scores_gNX[..., num_keys:] = own_scores_gNB
-    weights_gNX = scores_gNX.softmax(-1, dtype=torch.promote_types(q_gND.dtype, torch.float32)).to(q_gND.dtype)
+    wide = torch.promote_types(q_gND.dtype, torch.float32)
+    weights_gNX = torch.softmax(scores_gNX, -1, wide, out=scores_gNX if q_gND.dtype == wide else None).to(q_gND.dtype)
     return weights_gNX[..., :num_keys], weights_gNX[..., num_keys:]

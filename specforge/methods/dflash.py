@@ -72,7 +72,7 @@ def plan_blocks(batch: DraftBatch, draft_weight_K: np.ndarray, anchors: int, mom
     draft_N = np.arange(len(block_N)) - (np.cumsum(drafts_A) - drafts_A)[block_N] + 1
     if not len(anchors_A):  # every rank's backward must reach the parameters, or the reduction of the others would wait for it
         anchors_A = np.zeros(1, dtype=np.int64)
-    return BlockPlan(float(draft_weight_K[draft_N - 1].sum()), anchors_A, block_N, draft_N)
+    return BlockPlan(float(draft_weight_K[draft_N - 1].sum(dtype=np.float64)), anchors_A, block_N, draft_N)
 
 
 class DFlash(nn.Module):
@@ -89,7 +89,7 @@ class DFlash(nn.Module):
         self.draft_tokens = options.block_size - self.first_draft_row
         self.objective = objective(options)
         decay = 0.0 if self.objective.pace or not options.position_decay else 1 / options.position_decay
-        self._draft_weight_K = np.exp(-decay * np.arange(self.draft_tokens))
+        self._draft_weight_K = np.exp(-decay * np.arange(self.draft_tokens)).astype(np.float32)
         self.register_buffer("embedding_VH", tables.embedding, persistent=False)
         self.register_buffer("head_VH", tables.head[: tables.config.vocab_size], persistent=False)
 
@@ -155,11 +155,9 @@ class DFlash(nn.Module):
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
         return F.embedding(ids, self.embedding_VH).to(self.draft.fc.weight.dtype)
 
-    def block_ids(self, anchor_A: torch.Tensor) -> torch.Tensor:
-        """What the rows of blocks are fed [A, B]: the anchor's token and masks."""
-        ids_AB = torch.full((len(anchor_A), self.options.block_size), self.draft.config.mask_token_id, device=anchor_A.device)
-        ids_AB[:, 0] = anchor_A
-        return ids_AB
+    def embed_blocks(self, anchor_ids_A: torch.Tensor) -> torch.Tensor:
+        """What blocks are made of: the anchors' tokens and, last, the mask token, [A + 1, H]."""
+        return self.embed(torch.cat([anchor_ids_A, anchor_ids_A.new_full((1,), self.draft.config.mask_token_id)]))
 
     def drafting(self, hidden_BNH: torch.Tensor) -> Callable[[int, torch.Tensor], torch.Tensor]:
         """Drafts of a block out of its outputs: the logits [B, V] at a place, 0, 1, ..., given the token before it [B]."""
@@ -173,18 +171,18 @@ class DFlash(nn.Module):
         row_B = np.arange(config.block_size)
         position_R = (documents.position_T[plan.anchors_A][:, None] + row_B).ravel()
         angles_P1C = self.draft.rotary(max(documents.lengths) + config.block_size)
-        embedded_RH = self.embed(self.block_ids(batch.input_ids[to_device(plan.anchors_A, device)])).flatten(0, 1)
+        embedded_EH = self.embed_blocks(batch.input_ids[to_device(plan.anchors_A, device)])
         windows = {FULL: 0, SLIDING: config.sliding_window}
         blocks = Blocks(
             angles_P1C[to_device(documents.position_T, device)],
             angles_P1C[to_device(position_R, device)],
             {
-                kind: BlockMask.of(documents, plan.anchors_A, config.block_size, windows[kind], device, embedded_RH.dtype)
+                kind: BlockMask.of(documents, plan.anchors_A, config.block_size, windows[kind], device, embedded_EH.dtype)
                 for kind in set(config.layer_types)
             },
             to_device(plan.block_N * config.block_size + plan.draft_N - 1 + self.first_draft_row, device),
         )
-        return self.draft(batch.aux, embedded_RH, blocks)
+        return self.draft(batch.aux, embedded_EH, blocks)
 
     def loss(self, batch: DraftBatch, plan: BlockPlan, parts: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> StepOutput:
         """Loss, counts, proposals and their confidences from the `parts` of the drafts' logits, hidden [N, ...] and head [V, ...]."""
@@ -195,7 +193,7 @@ class DFlash(nn.Module):
         starts, columns = to_device(start_N, device), to_device(draft_N - 1, device)
         rows = TaughtRows(
             to_device(order_N, device),
-            to_device(self._draft_weight_K[draft_N - 1].astype(np.float32), device),
+            to_device(self._draft_weight_K[draft_N - 1], device),
             to_device(group_N, device),
             chunks_of(group_N, self.options.loss_chunk_rows or default_chunk_rows(vocab_size)),
             label_N=batch.input_ids[starts + 1 + columns].long() if self.objective.needs_label else None,
@@ -220,7 +218,7 @@ class DFlash(nn.Module):
     def _teacher(self, batch: DraftBatch, token_U: torch.Tensor) -> Teacher:
         """The target's distribution at some tokens, exact where the batch has its last hidden state."""
         if not batch.top_ids.numel():
-            return ExactTeacher(batch.last.index_select(0, token_U), self.head_VH, batch.logsumexp[token_U])
+            return ExactTeacher(batch.last.index_select(0, token_U), self.head_VH, None)
         everything_V = torch.arange(len(self.head_VH), dtype=torch.int32, device=token_U.device)
         return CompressedTeacher(batch.top_ids[token_U], batch.top_log_probs[token_U], everything_V, len(self.head_VH))
 

@@ -14,8 +14,9 @@ import torch
 from torch import nn
 
 from specforge.layers.block_attention import BlockMask, block_attention
+from specforge.layers.head_norm import normalise_and_rotate
 from specforge.layers.norm import normalise
-from specforge.layers.rotary import Rotary, pair_rows, rotate
+from specforge.layers.rotary import Rotary, pair_rows
 from specforge.layers.rows import take_rows
 from specforge.layers.shared import Shared, linear
 from specforge.layers.swiglu import swiglu
@@ -70,9 +71,8 @@ class LayerWeights:
     """q, k and v below each other, of the rows' hidden state."""
     context_YH: Shared
     """k and v of the fused features."""
-    query_norm_D: torch.Tensor
-    """Scaled, in the order of `pair_rows`."""
-    key_norm_D: torch.Tensor
+    head_norm_nD: torch.Tensor
+    """Weight of the norm of each of the h query heads, scaled, and g key heads, in the order of `pair_rows`."""
     output_HZ: Shared
     gate_up_YH: Shared
     down_HI: Shared
@@ -114,12 +114,11 @@ class DFlashLayer(nn.Module):
         """`context_norm_H`: the weight of the norm that all layers' context has passed."""
         own, mlp = self.self_attn, self.mlp
         q, k = (pair_rows(projection.weight, self.head_dim) for projection in (own.q_proj, own.k_proj))
-        query_norm_D, key_norm_D = (pair_rows(norm.weight[:, None], self.head_dim)[:, 0] for norm in (own.q_norm, own.k_norm))
+        query_norm_D, key_norm_D = (pair_rows(norm.weight, self.head_dim) for norm in (own.q_norm, own.k_norm))
         return LayerWeights(
             Shared(torch.cat([q, k, own.v_proj.weight]) * self.input_layernorm.weight),
             Shared(torch.cat([k, own.v_proj.weight]) * context_norm_H),
-            query_norm_D * self.head_dim**-0.5,
-            key_norm_D,
+            torch.cat([(query_norm_D * self.head_dim**-0.5).expand(self.heads, -1), key_norm_D.expand(self.groups, -1)]),
             Shared(own.o_proj.weight),
             Shared(torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]) * self.post_attention_layernorm.weight),
             Shared(mlp.down_proj.weight),
@@ -128,17 +127,18 @@ class DFlashLayer(nn.Module):
     def context_keys_values(self, normed_TH: torch.Tensor, weights: LayerWeights, angle_T1C: torch.Tensor) -> torch.Tensor:
         """Keys and values [T, 2, g, D] of `normalise`d fused features."""
         k_TgD, v_TgD = linear(normed_TH, weights.context_YH).unflatten(-1, (2, self.groups, self.head_dim)).unbind(1)
-        return torch.stack([rotate(normalise(k_TgD, self.eps) * weights.key_norm_D, angle_T1C), v_TgD], 1)
+        return torch.stack([normalise_and_rotate(k_TgD, weights.head_norm_nD[self.heads :], angle_T1C, self.eps), v_TgD], 1)
+
+    def project(self, hidden_RH: torch.Tensor, weights: LayerWeights) -> torch.Tensor:
+        """q, k and v beside each other [R, X]."""
+        return linear(normalise(hidden_RH, self.eps), weights.qkv_XH)
 
     def queries_keys_values(
-        self, normed_RH: torch.Tensor, weights: LayerWeights, angle_R1C: torch.Tensor
+        self, qkv_RX: torch.Tensor, weights: LayerWeights, angle_R1C: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Queries [R, h, D], scaled, and keys and values [2, R, g, D] of `normalise`d rows."""
-        heads, groups = self.heads, self.groups
-        qkv_RXD = linear(normed_RH, weights.qkv_XH).unflatten(-1, (-1, self.head_dim))
-        q_RhD, k_RgD, v_RgD = qkv_RXD.split([heads, groups, groups], 1)
-        q_RhD = rotate(normalise(q_RhD, self.eps) * weights.query_norm_D, angle_R1C)
-        k_RgD = rotate(normalise(k_RgD, self.eps) * weights.key_norm_D, angle_R1C)
+        """Queries [R, h, D], scaled, and keys and values [2, R, g, D] of `project`ed rows."""
+        qk_RnD, v_RgD = qkv_RX.unflatten(-1, (-1, self.head_dim)).split([self.heads + self.groups, self.groups], 1)
+        q_RhD, k_RgD = normalise_and_rotate(qk_RnD, weights.head_norm_nD, angle_R1C, self.eps).split([self.heads, self.groups], 1)
         return q_RhD, torch.stack([k_RgD, v_RgD])
 
     def after_attention(self, hidden_RH: torch.Tensor, mixed_RhD: torch.Tensor, weights: LayerWeights) -> torch.Tensor:
@@ -167,13 +167,22 @@ class DFlashDraft(nn.Module):
         """Captured layers [..., F], low to high, -> [..., H], `normalise`d: the weight of `hidden_norm` is in every layer's projection."""
         return normalise(self.fc(aux_XF.to(self.fc.weight.dtype)), self.config.rms_norm_eps)
 
-    def forward(self, aux_TF: torch.Tensor, embedded_RH: torch.Tensor, blocks: Blocks) -> torch.Tensor:
-        """Outputs [N, H] of the wanted rows, after the final norm."""
-        config, hidden, context_TH = self.config, embedded_RH, self.fuse(aux_TF)
+    def spread(self, x_EX: torch.Tensor) -> torch.Tensor:
+        """Something of A anchors, and in a last row of the mask token, to all rows of the A blocks: [R, X]."""
+        anchor_A1X, mask_11X = x_EX[:-1, None], x_EX[-1:, None]
+        return torch.cat([anchor_A1X, mask_11X.expand(len(anchor_A1X), self.config.block_size - 1, -1)], 1).flatten(0, 1)
+
+    def forward(self, aux_TF: torch.Tensor, embedded_EH: torch.Tensor, blocks: Blocks) -> torch.Tensor:
+        """Outputs [N, H] of the wanted rows, after the final norm; `embedded_EH` are the anchors' tokens and, last, the mask token.
+
+        All masked rows are alike before they are rotated, so the first layer projects one of them.
+        """
+        config, hidden, context_TH = self.config, self.spread(embedded_EH), self.fuse(aux_TF)
         for depth, (layer, kind) in enumerate(zip(self.stack, config.layer_types, strict=True)):
             weights = layer.weights(self.hidden_norm.weight)
             context_T2gD = Shared(layer.context_keys_values(context_TH, weights, blocks.angle_T1C))
-            q_RhD, own_2RgD = layer.queries_keys_values(normalise(hidden, layer.eps), weights, blocks.angle_R1C)
+            qkv_RX = layer.project(hidden, weights) if depth else self.spread(layer.project(embedded_EH, weights))
+            q_RhD, own_2RgD = layer.queries_keys_values(qkv_RX, weights, blocks.angle_R1C)
             by_block = (-1, config.block_size)
             mixed_ABhD = block_attention(q_RhD.unflatten(0, by_block), own_2RgD.unflatten(1, by_block), context_T2gD, blocks.masks[kind])
             mixed_RhD = mixed_ABhD.flatten(0, 1)
