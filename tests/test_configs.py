@@ -23,9 +23,11 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeRotaryEmbedding
 
 from specforge.cli.__main__ import main
+from specforge.cli.inputs import captured_layers
 from specforge.config import dump_config, load_config
-from specforge.config.methods import registered
+from specforge.config.methods import METHODS, registered
 from specforge.data.vocabulary import DraftVocabulary
+from specforge.demo import target_report
 from specforge.features.store import FeatureMeta
 from specforge.features.tables import TargetConfig, TargetTables
 from specforge.features.target import Target, aux_layer_ids
@@ -37,6 +39,8 @@ from specforge.training.run_folder import resolve
 from tests.texts import make_text_target, write_rows
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").rglob("*.yaml"))
+EMBEDDED = {path.stem.removesuffix("-embedded"): path for path in CONFIGS if path.stem.endswith("-embedded")}
+EMBEDDED_TARGET = Path(target_report.__file__).parent / "target"
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -142,7 +146,34 @@ each_family = pytest.mark.parametrize("family", FAMILIES, ids=lambda family: fam
 
 
 def test_every_recipe_of_a_real_target_is_here() -> None:
-    assert {family.path for family in FAMILIES} == {path for path in CONFIGS if path.stem != "eagle3-embedded"}
+    assert {family.path for family in FAMILIES} == {path for path in CONFIGS if path.stem.startswith("eagle3-")} - {EMBEDDED["eagle3"]}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_has_a_recipe_of_the_embedded_target(name: str) -> None:
+    recipe, target = load_config(EMBEDDED[name]), TargetConfig.read(EMBEDDED_TARGET)
+    assert recipe.method.name == name
+    layers = captured_layers(recipe, target.num_hidden_layers)
+    assert registered(name).load().count_parameters(recipe.method.options, TargetTables.read(EMBEDDED_TARGET), layers) > 0
+
+
+def test_the_recipe_of_dflash_for_a_real_target(tmp_path: Path) -> None:
+    """fc 5H*H; a layer: q and o H*32*128 each, k and v H*8*128 each, feed-forward 3*H*12288, two norms of H and two of 128; two of H."""
+    path = next(path for path in CONFIGS if path.stem == "dflash-qwen3-8b")
+    recipe = load_config(path, [f"model.target_path={tmp_path}"])
+    next(family for family in FAMILIES if family.recipe == "eagle3-qwen3-8b").config.save_pretrained(tmp_path)
+    target, options = TargetConfig.read(tmp_path), recipe.method.options
+    table_VH = torch.empty(target.vocab_size, target.hidden_size, dtype=torch.bfloat16, device="meta")
+    layers = captured_layers(recipe, target.num_hidden_layers)
+    assert [layer - 1 for layer in layers] == [1, 9, 17, 25, 33]
+    of_layer = 2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 12288 + 2 * 4096 + 2 * 128
+    parameters = 5 * 4096**2 + 5 * of_layer + 2 * 4096
+    assert registered("dflash").load().count_parameters(options, TargetTables(table_VH, table_VH, target), layers) == parameters
+    assert (options.block_size, options.mask_token_id, options.layers) == (16, 151669, 5)
+    about = path.read_text()
+    assert f"{round(parameters / 1e6):,} million" in about
+    assert f"{6 * 4096 * 2 + 13:,} bytes a token" in about
+    assert f"({', '.join(map(str, layers))}) of {target.num_hidden_layers}" in about
 
 
 @each_family

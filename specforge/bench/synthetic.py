@@ -1,6 +1,7 @@
 """A method and a batch of random features in memory: the real objects of a training step, without a target on disk."""
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -48,16 +49,60 @@ SHAPES = {
 }  # fmt: skip
 
 
+class Sizes(Protocol):
+    """What target and batch are made from."""
+
+    @property
+    def hidden(self) -> int: ...
+    @property
+    def intermediate(self) -> int: ...
+    @property
+    def heads(self) -> int: ...
+    @property
+    def kv_heads(self) -> int: ...
+    @property
+    def head_dim(self) -> int: ...
+    @property
+    def vocab(self) -> int: ...
+    @property
+    def documents(self) -> int: ...
+    @property
+    def tokens(self) -> int: ...
+    @property
+    def prompt(self) -> int: ...
+
+
+def random_tables(sizes: Sizes, num_layers: int) -> TargetTables:
+    config = TargetConfig(
+        model_type="llama", hidden_size=sizes.hidden, intermediate_size=sizes.intermediate, num_hidden_layers=num_layers,
+        num_attention_heads=sizes.heads, num_key_value_heads=sizes.kv_heads, head_dim=sizes.head_dim, vocab_size=sizes.vocab,
+        max_position_embeddings=2 * sizes.tokens, rms_norm_eps=1e-5, rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
+        tie_word_embeddings=False, bos_token_id=None, eos_token_ids=(),
+    )  # fmt: skip
+    return TargetTables(torch.randn(sizes.vocab, sizes.hidden), torch.randn(sizes.vocab, sizes.hidden) / sizes.hidden**0.5, config)
+
+
+def random_batch(sizes: Sizes, likeliest_D: torch.Tensor, num_captured: int) -> DraftBatch:
+    """Random tokens and features; the target's arg-max is one of `likeliest_D`."""
+    generator, tokens = torch.Generator().manual_seed(1), sizes.tokens
+    samples = [
+        SampleFeatures(
+            input_ids=torch.randint(sizes.vocab, (tokens,), generator=generator, dtype=torch.int32),
+            loss_mask=torch.arange(tokens) >= sizes.prompt,
+            aux=torch.randn(tokens, num_captured * sizes.hidden, generator=generator),
+            last=normalise(torch.randn(tokens, sizes.hidden, generator=generator), 0.0),
+            argmax=likeliest_D[torch.randint(len(likeliest_D), (tokens,), generator=generator)].int(),
+            logsumexp=torch.zeros(tokens),
+        )
+        for _ in range(sizes.documents)
+    ]
+    return DraftBatch.pack(range(sizes.documents), samples)
+
+
 def make_method(shape: Shape, *, activation_checkpointing: bool = False) -> Eagle3:
     """EAGLE-3 with decay 1; the weights are those of `torch.manual_seed(0)`."""
     torch.manual_seed(0)
-    config = TargetConfig(
-        model_type="llama", hidden_size=shape.hidden, intermediate_size=shape.intermediate, num_hidden_layers=len(AUX_LAYERS) + 1,
-        num_attention_heads=shape.heads, num_key_value_heads=shape.kv_heads, head_dim=shape.head_dim, vocab_size=shape.vocab,
-        max_position_embeddings=2 * shape.tokens, rms_norm_eps=1e-5, rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
-        tie_word_embeddings=False, bos_token_id=None, eos_token_ids=(),
-    )  # fmt: skip
-    tables = TargetTables(torch.randn(shape.vocab, shape.hidden), torch.randn(shape.vocab, shape.hidden) / shape.hidden**0.5, config)
+    tables = random_tables(shape, len(AUX_LAYERS) + 1)
     options = Eagle3Options(
         draft_tokens=shape.draft_tokens,
         step_decay=1.0,
@@ -69,21 +114,8 @@ def make_method(shape: Shape, *, activation_checkpointing: bool = False) -> Eagl
 
 
 def make_batch(shape: Shape, method: Eagle3) -> DraftBatch:
-    """Random tokens and features; every target's arg-max is in the draft vocabulary, so that every supervised row counts."""
-    generator = torch.Generator().manual_seed(1)
-    tokens, kept = shape.tokens, torch.arange(shape.draft_vocab) + method.draft.d2t
-    samples = [
-        SampleFeatures(
-            input_ids=torch.randint(shape.vocab, (tokens,), generator=generator, dtype=torch.int32),
-            loss_mask=torch.arange(tokens) >= shape.prompt,
-            aux=torch.randn(tokens, len(AUX_LAYERS) * shape.hidden, generator=generator),
-            last=normalise(torch.randn(tokens, shape.hidden, generator=generator), 0.0),
-            argmax=kept[torch.randint(len(kept), (tokens,), generator=generator)].int(),
-            logsumexp=torch.zeros(tokens),
-        )
-        for _ in range(shape.documents)
-    ]
-    return DraftBatch.pack(range(shape.documents), samples)
+    """Every target's arg-max is in the draft vocabulary, so that every supervised row counts."""
+    return random_batch(shape, torch.arange(shape.draft_vocab) + method.draft.d2t, len(AUX_LAYERS))
 
 
 def counted_flops(shape: Shape, plan: TTTPlan, documents: Documents) -> int:

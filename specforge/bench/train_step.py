@@ -11,12 +11,14 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from specforge.bench.peer import Peer
 from specforge.bench.synthetic import Shape, counted_flops, make_batch, make_method
 from specforge.features.batch import DraftBatch
+from specforge.methods.base import Moment
 from specforge.methods.eagle3 import Eagle3
 
 PRODUCT_SIZE = 1024
@@ -37,15 +39,18 @@ class Best:
 class Step:
     """Forward and backward on one batch, with fresh gradients."""
 
-    def __init__(self, method: Eagle3, batch: DraftBatch) -> None:
+    def __init__(self, method: Any, batch: DraftBatch) -> None:
         self.method, self.batch = method, batch
         self.best, self.loss_sum = Best(), float("nan")
 
     def __call__(self) -> None:
         self.method.zero_grad()
-        output = self.method(self.batch, self.method.plan(self.batch))
+        output = self.method(self.batch, self.plan())
         output.loss_sum.backward()
         self.loss_sum = output.loss_sum.item()
+
+    def plan(self) -> Any:
+        return self.method.plan(self.batch, Moment(seed=0, step=0, total_steps=1))
 
 
 def measure(shape: Shape, repeats: int, peer_python: Path | None) -> dict[str, float | None]:

@@ -14,17 +14,21 @@ from typing import Any
 
 from specforge import files
 from specforge.cli.demo import CALM
+from specforge.errors import ConfigError
 
 
 def run(words: Sequence[str]) -> int:
+    from specforge.bench.blocks import BLOCK_SHAPES, BlockShape
     from specforge.bench.synthetic import SHAPES, Shape
 
     parser = argparse.ArgumentParser(prog="specforge bench", description="The last line of the output is one JSON object.")
     benches = parser.add_subparsers(dest="bench", required=True)
-    step = benches.add_parser("train-step", help="EAGLE-3 forward and backward against the matrix products in it; float32, one thread")
+    step = benches.add_parser("train-step", help="forward and backward against the matrix products in them; float32, one thread")
+    step.add_argument("--method", choices=("eagle3", "dflash"), default="eagle3")
     step.add_argument("--shape", choices=SHAPES, default="small", help="named sizes; the flags below change single ones")
-    for size in fields(Shape):
-        step.add_argument(f"--{size.name.replace('_', '-')}", type=int, metavar="N")
+    sizes = list(dict.fromkeys(size.name for size in (*fields(Shape), *fields(BlockShape))))
+    for size in sizes:
+        step.add_argument(f"--{size.replace('_', '-')}", type=int, metavar="N")
     step.add_argument("--repeats", type=int, default=60, help="the best of so many counts")
     step.add_argument("--peer", type=Path, metavar="PYTHON", help="compare with `speculators` in the environment of scripts/peer.sh")
     benches.add_parser(
@@ -56,10 +60,21 @@ def run(words: Sequence[str]) -> int:
         print(files.json_line(measure_both()))
         return 0
 
+    changed = {size: getattr(given, size) for size in sizes if getattr(given, size) is not None}
+    named: Any = BLOCK_SHAPES[given.shape] if given.method == "dflash" else SHAPES[given.shape]
+    foreign = sorted(changed.keys() - {size.name for size in fields(named)})
+    if foreign or (given.peer and given.method != "eagle3"):
+        unknown = "peer" if not foreign else foreign[0].replace("_", "-")
+        raise ConfigError(f"--{unknown}: means nothing to a step of {given.method}; leave it out.")
+    shape = replace(named, **changed)
+    if given.method == "dflash":
+        from specforge.bench.blocks import measure as measure_blocks
+
+        print(files.json_line(measure_blocks(shape, given.repeats)))
+        return 0
+
     from specforge.bench.train_step import measure, state_mib
 
-    changed = {size.name: getattr(given, size.name) for size in fields(Shape) if getattr(given, size.name) is not None}
-    shape = replace(SHAPES[given.shape], **changed)
     numbers = measure(shape, given.repeats, given.peer)
     short, long = (state_mib(shape, tokens) for tokens in (1024, 2048))
     print(f"state kept for the backward: {short:.1f} MiB at 1,024 tokens a document, {long:.1f} MiB at 2,048: {long / short:.2f} times")

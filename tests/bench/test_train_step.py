@@ -5,6 +5,8 @@ import math
 
 import pytest
 
+from specforge.bench.blocks import BlockShape, make_dflash
+from specforge.bench.blocks import counted_flops as counted_block_flops
 from specforge.bench.synthetic import SHAPES, Shape, counted_flops, make_batch, make_method
 from specforge.bench.train_step import measure, state_mib
 from specforge.cli.__main__ import main
@@ -65,3 +67,33 @@ def test_state_grows_with_tokens_and_not_with_their_square(kept_keys: int, linea
     monkeypatch.setattr(attention, "KEPT_KEYS", kept_keys)
     short, long = (state_mib(TINY, tokens) for tokens in (2048, 4096))
     assert (long / short < 2) == linear
+
+
+def test_counted_flops_of_blocks_by_hand() -> None:
+    """Both documents have all their starts as anchors: 3 and 4, with 3, 4 tokens before them, and drafts for tokens 4, 5 and 5.
+
+    Two layers of 2 blocks of 3 rows a document. Context: 4 tokens' keys and values, 8 x 8. Rows: q 8 x 8, k and v 8 x 8; o 8 x 8 and
+    feed-forward 3 x 8 x 6, of 6 rows in the first layer and 3 drafts in the last. Pairs: 3 x 6 + 3 x 7, then 2 x 6 + 7.
+    """
+    shape = BlockShape(
+        hidden=8, intermediate=6, heads=2, kv_heads=1, head_dim=4, vocab=20, layers=2, block_size=3, anchors=9,
+        documents=2, tokens=6, prompt=3,
+    )  # fmt: skip
+    method, batch = make_dflash(shape)
+    plan = method.plan(batch)
+    assert plan.anchors_A.tolist() == [3, 4, 9, 10]
+    fusion, head = 4 * 4 * 2 * 64, 4 * 3 * 8 * 20
+    context = 6 * 4 * 64
+    first = context + 4 * (6 * 64 + 6 * 64) + 6 * 6 * (64 + 144) + 12 * 8 * 39
+    last = context + 6 * (3 * 64 + 6 * 64) + 6 * 3 * (64 + 144) + 12 * 8 * 19
+    assert counted_block_flops(shape, plan, batch.documents) == 2 * (fusion + head + first + last)
+
+
+def test_the_step_of_dflash_ends_in_one_json_object(capfd: pytest.CaptureFixture[str]) -> None:
+    flags = ["--tokens=20", "--hidden=16", "--heads=2", "--kv-heads=1", "--head-dim=8", "--vocab=40", "--repeats=1"]
+    assert main(["bench", "train-step", "--method=dflash", *flags]) == 0
+    numbers = json.loads(capfd.readouterr().out.splitlines()[-1])
+    assert set(numbers) == {"ms", "floor_ms", "ratio_to_floor", "peak_rss_mb", "loss"}
+    assert 0 < numbers["loss"] < 3 * math.log(40)
+    assert main(["bench", "train-step", "--method=dflash", "--draft-tokens=3"]) == 2
+    assert "--draft-tokens: means nothing to a step of dflash" in capfd.readouterr().err
