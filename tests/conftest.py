@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from specforge.features.store import LocalFeatureStore
+
 
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread_at_first() -> None:
@@ -25,6 +27,21 @@ def target_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.tiny import make_target
 
     return make_target(tmp_path_factory.mktemp("target"))
+
+
+@pytest.fixture(scope="session")
+def answered_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny target of which `answered` holds features, of conversations that it answered itself."""
+    from tests.tiny import make_target
+
+    return make_target(tmp_path_factory.mktemp("answered") / "target")
+
+
+@pytest.fixture(scope="session")
+def answered(answered_path: Path) -> LocalFeatureStore:
+    from tests.tiny import make_answered, make_store
+
+    return make_store(answered_path.parent / "store", answered_path, make_answered(answered_path))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
