@@ -1,6 +1,7 @@
 """DFlash against a slow form in float64 that builds each block by itself, and what its plan promises."""
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +97,8 @@ def slow_losses(method: DFlash, sample: SampleFeatures, anchor: int, log_q_KV: t
 
 def slow_document(method: DFlash, sample: SampleFeatures, anchors: list[int]) -> tuple[torch.Tensor, float, dict[tuple[int, int], int]]:
     """Loss sum, weight and proposals (start, k) of the given blocks of one document."""
-    loss, weight, proposals = torch.zeros((), dtype=torch.float64), 0.0, {}
+    loss, weight = torch.zeros((), dtype=torch.float64), 0.0
+    proposals: dict[tuple[int, int], int] = {}
     for anchor in anchors:
         drafts = 0
         while drafts < method.draft_tokens and anchor + drafts + 1 < len(sample.loss_mask) and sample.loss_mask[anchor + drafts + 1]:
@@ -126,7 +128,7 @@ def test_blocks_equal_the_slow_form(options: dict[str, Any], moment: Moment | No
     torch.testing.assert_close(output.loss_sum, expected, rtol=1e-10, atol=0)
     assert plan.weight == pytest.approx(sum(weight for _, weight, _ in each), rel=1e-12)
     for name, got, wanted in zip(names, gradients, torch.autograd.grad(expected, parameters), strict=True):
-        torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-10, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-10, msg=partial("{}: {}".format, name))
 
     proposals = {(start + s, k): token for start, (_, _, found) in zip(starts, each, strict=False) for (s, k), token in found.items()}
     rows, columns = output.proposals_TK.ge(0).nonzero(as_tuple=True)
