@@ -61,11 +61,11 @@ class Eagle3Options:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DFlashOptions:
-    """DFlash (arXiv 2602.06036): a block of mask tokens becomes a block of drafts in one forward."""
+class BlockOptions:
+    """Of every method that drafts a block of mask tokens in one forward."""
 
     block_size: int = 16
-    """B: the anchor and the B - 1 drafts behind it."""
+    """B, rows of a block: the anchor's and B - 1 mask tokens."""
     anchors: int = 512
     """Blocks of a sample in a training step, drawn anew each time it is seen; an evaluation takes every start."""
     layers: int = 5
@@ -77,15 +77,8 @@ class DFlashOptions:
     """Width of the draft's feed-forward; 0: the target's."""
     mask_token_id: int = -1
     """Id whose embedding stands for a token to be drafted, in no training row; -1: the highest such id."""
-    loss: Literal["ce", "kl", "tv", "lk_alpha", "lk_lambda", "dpace", "dpace_prefix", "dpace_continuation"] = "ce"
-    """ce: cross-entropy with the text; kl: with the target's distribution; tv, lk_alpha, lk_lambda: what of it is not accepted; dpace:
-    ce, weighted by how probable the drafts before and after are, or by the former (prefix) or latter (continuation) alone."""
-    lk_eta: float = 3.0
-    """eta of lk_lambda: how fast it turns from kl to tv as acceptance grows."""
-    dpace_alpha: float = 0.5
-    """alpha of dpace: what a draft that cannot be right still counts for, in (0, 1]."""
     position_decay: float = 7.0
-    """gamma: draft k weighs exp(-(k - 1) / gamma) in the loss; 0: all alike, as dpace has it."""
+    """gamma: draft k weighs exp(-(k - 1) / gamma) in the loss; 0: all alike."""
     loss_chunk_rows: int = 0
     """Rows whose vocabulary-wide numbers exist at one time; 0: 256 to 1,024."""
 
@@ -93,9 +86,6 @@ class DFlashOptions:
         for key, least in (("block_size", 2), ("anchors", 1), ("layers", 1), ("loss_chunk_rows", 0), ("mask_token_id", -1)):
             _at_least(key, getattr(self, key), least)
         _at_least("position_decay", self.position_decay, 0)
-        _at_least("lk_eta", self.lk_eta, 0)
-        if not 0 < self.dpace_alpha <= 1:
-            raise ConfigError(f"method.options.dpace_alpha={self.dpace_alpha}: must lie in (0, 1]; the paper uses 0.5.")
         unknown = sorted(set(self.layer_types) - {"full_attention", "sliding_attention"})
         if unknown or len(self.layer_types) not in (0, self.layers):
             raise ConfigError(
@@ -116,6 +106,47 @@ class DFlashOptions:
         if count < 2:
             return (min(num_layers // 2, last) + 1,)
         return tuple(1 + round(first + i * (last - first) / (count - 1)) for i in range(count))
+
+
+@dataclass(frozen=True, kw_only=True)
+class DFlashOptions(BlockOptions):
+    """DFlash (arXiv 2602.06036): each of the B - 1 mask tokens becomes the draft at its place."""
+
+    loss: Literal["ce", "kl", "tv", "lk_alpha", "lk_lambda", "dpace", "dpace_prefix", "dpace_continuation"] = "ce"
+    """ce: cross-entropy with the text; kl: with the target's distribution; tv, lk_alpha, lk_lambda: what of it is not accepted; dpace:
+    ce, weighted by how probable the drafts before and after are, or by the former (prefix) or latter (continuation) alone, and not by
+    position_decay."""
+    lk_eta: float = 3.0
+    """eta of lk_lambda: how fast it turns from kl to tv as acceptance grows."""
+    dpace_alpha: float = 0.5
+    """alpha of dpace: what a draft that cannot be right still counts for, in (0, 1]."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _at_least("lk_eta", self.lk_eta, 0)
+        if not 0 < self.dpace_alpha <= 1:
+            raise ConfigError(f"method.options.dpace_alpha={self.dpace_alpha}: must lie in (0, 1]; the paper uses 0.5.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DominoOptions(DFlashOptions):
+    """Domino (arXiv 2605.29707): B drafts of a block, the anchor's own row giving the first; each but that is corrected by the drafts
+    before it."""
+
+    anchors: int = 256
+    gru_hidden_dim: int = 1024
+    """G, width of the state that reads the drafts."""
+    emb_dim: int = 256
+    """E, rank of the correction."""
+    base_decay: float = 1.0
+    """Part of the training, in (0, 1], in which the loss of the uncorrected drafts goes from all of the loss to nothing."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for key in ("gru_hidden_dim", "emb_dim"):
+            _at_least(key, getattr(self, key), 1)
+        if not 0 < self.base_decay <= 1:
+            raise ConfigError(f"method.options.base_decay={self.base_decay}: must lie in (0, 1]; 1 is the whole training.")
 
 
 def _at_least(key: str, value: float, least: float) -> None:
@@ -156,6 +187,7 @@ METHODS: dict[str, Registered] = {
         tree_drafter="specforge.decode.eagle3_tree:Eagle3TreeDrafter",
     ),
     "dflash": Registered(DFlashOptions, "specforge.methods.dflash:DFlash", "specforge.decode.block:BlockDrafter"),
+    "domino": Registered(DominoOptions, "specforge.methods.domino:Domino", "specforge.decode.block:BlockDrafter"),
 }  # fmt: skip
 
 

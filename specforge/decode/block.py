@@ -84,18 +84,19 @@ class BlockDrafter:
 
     @torch.no_grad()
     def propose(self) -> Proposal:
-        logits_of, ids, probabilities = self._method.drafting(self._block()), [self._anchor_B], list[torch.Tensor]()
+        draft, ids, probabilities = self._method.drafting(self._block()), [self._anchor_B], list[torch.Tensor]()
         if self._adaptive is not None:
             self._adaptive.start()
         for place in range(self.draft_nodes):
-            logits_BV = logits_of(place, ids[-1])
+            logits_BV, confidence_B = draft(place, ids[-1])
             if self._sampling is not None:
                 probabilities.append(self._sampling.probabilities(logits_BV))
                 ids.append(torch.multinomial(probabilities[-1], 1, generator=self._generator)[:, 0])
                 continue
             ids.append(logits_BV.argmax(-1))
             if self._adaptive is not None:
-                self._adaptive.drafted(logits_BV.softmax(-1, dtype=torch.float32).amax(-1).tolist())
+                likeliest_B = logits_BV.softmax(-1, dtype=torch.float32).amax(-1) if confidence_B is None else confidence_B
+                self._adaptive.drafted(likeliest_B.tolist())
         verified = self.draft_nodes if self._adaptive is None else self._adaptive.verified()
         tree = Tree.chain(len(self._lengths), verified, self._anchor_B.device)
         return Proposal(torch.stack(ids, 1)[:, 1 : verified + 1], tree, torch.stack(probabilities, 1) if probabilities else None)

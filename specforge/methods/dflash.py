@@ -11,11 +11,11 @@ of the tokens s + 1..s + k are supervised, in the same document as s. With w_k =
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from specforge import files
-from specforge.config.methods import DFlashOptions
+from specforge.config.methods import BlockOptions
 from specforge.errors import CheckpointError, ConfigError
 from specforge.features.batch import DraftBatch
 from specforge.features.source import FeatureStore
@@ -31,7 +31,7 @@ from specforge.features.tables import TargetTables
 from specforge.layers.block_attention import BlockMask
 from specforge.layers.rows import to_device
 from specforge.methods.base import Moment, Plan, StepOutput
-from specforge.methods.distillation import TaughtRows, chunked_loss, chunks_of, default_chunk_rows
+from specforge.methods.distillation import Loss, TaughtRows, chunked_loss, chunks_of, default_chunk_rows
 from specforge.methods.objectives import Objective
 from specforge.methods.teacher import CompressedTeacher, ExactTeacher, Teacher
 from specforge.models.dflash import FULL, SLIDING, Blocks, DFlashConfig, DFlashDraft
@@ -47,6 +47,7 @@ class BlockPlan(Plan):
     block_N: np.ndarray
     draft_N: np.ndarray
     """k, from 1 on."""
+    moment: Moment | None = None
 
     @property
     def start_N(self) -> np.ndarray:
@@ -72,7 +73,26 @@ def plan_blocks(batch: DraftBatch, draft_weight_K: np.ndarray, anchors: int, mom
     draft_N = np.arange(len(block_N)) - (np.cumsum(drafts_A) - drafts_A)[block_N] + 1
     if not len(anchors_A):  # every rank's backward must reach the parameters, or the reduction of the others would wait for it
         anchors_A = np.zeros(1, dtype=np.int64)
-    return BlockPlan(float(draft_weight_K[draft_N - 1].sum(dtype=np.float64)), anchors_A, block_N, draft_N)
+    return BlockPlan(float(draft_weight_K[draft_N - 1].sum(dtype=np.float64)), anchors_A, block_N, draft_N, moment)
+
+
+@dataclass(frozen=True)
+class TaughtDrafts:
+    """The drafts of a plan in the order of their loss, on the device of the batch."""
+
+    rows: TaughtRows
+    teacher: Teacher | None
+    start_N: torch.Tensor
+    column_N: torch.Tensor
+    """k - 1."""
+
+
+class Drafted(NamedTuple):
+    """What is known of one place of B blocks before its token is chosen."""
+
+    logits_BV: torch.Tensor
+    confidence_B: torch.Tensor | None = None
+    """How probably the token will be accepted; None: as probable as the likeliest token is."""
 
 
 class DFlash(nn.Module):
@@ -82,19 +102,20 @@ class DFlash(nn.Module):
     head_VH: torch.Tensor
     first_draft_row: ClassVar[int] = 1
     """The row of a block that predicts draft 1; row 0 is the anchor's."""
+    draft_type: ClassVar[type[DFlashDraft]] = DFlashDraft
 
-    def __init__(self, options: DFlashOptions, draft: DFlashDraft, tables: TargetTables) -> None:
+    def __init__(self, options: BlockOptions, draft: DFlashDraft, tables: TargetTables) -> None:
         super().__init__()
         self.options, self.draft = options, draft
         self.draft_tokens = options.block_size - self.first_draft_row
-        self.objective = objective(options)
+        self.objective = self.objective_of(options)
         decay = 0.0 if self.objective.pace or not options.position_decay else 1 / options.position_decay
         self._draft_weight_K = np.exp(-decay * np.arange(self.draft_tokens)).astype(np.float32)
         self.register_buffer("embedding_VH", tables.embedding, persistent=False)
         self.register_buffer("head_VH", tables.head[: tables.config.vocab_size], persistent=False)
 
     @classmethod
-    def build(cls, options: DFlashOptions, tables: TargetTables, store: FeatureStore, seed: int) -> Self:
+    def build(cls, options: BlockOptions, tables: TargetTables, store: FeatureStore, seed: int) -> Self:
         """A new draft of random weights.
 
         Raises:
@@ -102,7 +123,7 @@ class DFlash(nn.Module):
                 a token of the training rows.
         """
         mask_token_id = unused_token(options.mask_token_id, store, tables.config.vocab_size)
-        draft = DFlashDraft(derive_config(options, tables, store.aux_layer_ids, mask_token_id))
+        draft = cls.draft_type(cls.config_of(options, tables, store.aux_layer_ids, mask_token_id))
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for name, parameter in draft.named_parameters():
@@ -114,16 +135,16 @@ class DFlash(nn.Module):
         return cls(options, draft, tables)
 
     @classmethod
-    def read(cls, options: DFlashOptions, tables: TargetTables, folder: Path) -> Self:
+    def read(cls, options: BlockOptions, tables: TargetTables, folder: Path) -> Self:
         """The shape of a checkpointed draft; its weights are loaded by the caller, sharded or whole."""
         stored = read_draft_config(folder)
         lists = ("aux_layer_ids", "layer_types")
-        kinds: dict[str, Any] = {**files.kinds_of(DFlashConfig), **dict.fromkeys(lists, list)}
+        kinds: dict[str, Any] = {**files.kinds_of(cls.draft_type.config_type), **dict.fromkeys(lists, list)}
         files.check_fields(stored, f"{folder}/config.json", CheckpointError, **kinds)
         values: dict[str, Any] = {name: tuple(stored[name]) if name in lists else stored[name] for name in kinds}
-        config = DFlashConfig(**values)
+        config = cls.draft_type.config_type(**values)
         mask_token_id = config.mask_token_id if options.mask_token_id < 0 else options.mask_token_id
-        expected = derive_config(options, tables, config.aux_layer_ids, mask_token_id)
+        expected = cls.config_of(options, tables, config.aux_layer_ids, mask_token_id)
         differing = [
             f"{key} is {getattr(config, key)!r}, this run wants {getattr(expected, key)!r}"
             for key in kinds
@@ -133,14 +154,23 @@ class DFlash(nn.Module):
             raise CheckpointError(
                 f"draft in {folder}: {'; '.join(differing)}. Set method.options to the draft's values or train a new draft."
             )
-        return cls(options, DFlashDraft(config), tables)
+        return cls(options, cls.draft_type(config), tables)
 
     @classmethod
-    def count_parameters(cls, options: DFlashOptions, tables: TargetTables, aux_layer_ids: tuple[int, ...]) -> int:
+    def count_parameters(cls, options: BlockOptions, tables: TargetTables, aux_layer_ids: tuple[int, ...]) -> int:
         """Trained parameters of the draft that `build` would make; nothing is allocated."""
         with torch.device("meta"):
-            draft = DFlashDraft(derive_config(options, tables, aux_layer_ids, 0))
+            draft = cls.draft_type(cls.config_of(options, tables, aux_layer_ids, 0))
         return sum(parameter.numel() for parameter in draft.parameters())
+
+    @staticmethod
+    def objective_of(options: Any) -> Objective:
+        return Objective.named(options.loss, lk_eta=options.lk_eta, pace_alpha=options.dpace_alpha)
+
+    @classmethod
+    def config_of(cls, options: Any, tables: TargetTables, aux_layer_ids: tuple[int, ...], mask_token_id: int) -> DFlashConfig:
+        """The shape of the draft, and of what a method built on this one adds to it."""
+        return derive_config(options, tables, aux_layer_ids, mask_token_id)
 
     def config_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self.draft.config)
@@ -149,8 +179,13 @@ class DFlash(nn.Module):
         return plan_blocks(batch, self._draft_weight_K, self.options.anchors, moment)
 
     def forward(self, batch: DraftBatch, plan: BlockPlan) -> StepOutput:
-        hidden_NH = self._hidden_states(batch, plan)
-        return self.loss(batch, plan, [(hidden_NH, self.head_VH.to(hidden_NH.dtype))])
+        taught, hidden_NH = self._taught(batch, plan), self._hidden_states(batch, plan)
+        parts = self.parts(batch, plan, hidden_NH)
+        return self._output(batch, taught, chunked_loss(self.objective, parts, taught.rows, taught.teacher))
+
+    def parts(self, batch: DraftBatch, plan: BlockPlan, hidden_NH: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """What the logits of the plan's drafts are the sum of: hidden [N, ...] and head [V, ...]."""
+        return [(hidden_NH, self.head_VH.to(hidden_NH.dtype))]
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
         return F.embedding(ids, self.embedding_VH).to(self.draft.fc.weight.dtype)
@@ -159,11 +194,11 @@ class DFlash(nn.Module):
         """What blocks are made of: the anchors' tokens and, last, the mask token, [A + 1, H]."""
         return self.embed(torch.cat([anchor_ids_A, anchor_ids_A.new_full((1,), self.draft.config.mask_token_id)]))
 
-    def drafting(self, hidden_BNH: torch.Tensor) -> Callable[[int, torch.Tensor], torch.Tensor]:
-        """Drafts of a block out of its outputs: the logits [B, V] at a place, 0, 1, ..., given the token before it [B]."""
+    def drafting(self, hidden_BNH: torch.Tensor) -> Callable[[int, torch.Tensor], Drafted]:
+        """Drafts of a block out of its outputs: called for the places 0, 1, ..., one after the other, with the token [B] before each."""
         hidden_BKH = hidden_BNH[:, self.first_draft_row :]
         logits_BKV = hidden_BKH @ self.head_VH.to(hidden_BKH.dtype).T
-        return lambda place, previous_B: logits_BKV[:, place]
+        return lambda place, previous_B: Drafted(logits_BKV[:, place])
 
     def _hidden_states(self, batch: DraftBatch, plan: BlockPlan) -> torch.Tensor:
         """The draft's outputs [N, H], after the final norm, of the rows whose drafts count."""
@@ -184,8 +219,7 @@ class DFlash(nn.Module):
         )
         return self.draft(batch.aux, embedded_EH, blocks)
 
-    def loss(self, batch: DraftBatch, plan: BlockPlan, parts: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> StepOutput:
-        """Loss, counts, proposals and their confidences from the `parts` of the drafts' logits, hidden [N, ...] and head [V, ...]."""
+    def _taught(self, batch: DraftBatch, plan: BlockPlan) -> TaughtDrafts:
         device, vocab_size = batch.input_ids.device, len(self.head_VH)
         order_N = np.arange(len(plan.block_N)) if self.objective.pace else np.argsort(plan.start_N + plan.draft_N, kind="stable")
         start_N, draft_N = plan.start_N[order_N], plan.draft_N[order_N]
@@ -201,8 +235,10 @@ class DFlash(nn.Module):
             block_size=self.draft_tokens if self.objective.pace else 0,
         )
         teacher = self._teacher(batch, to_device(teacher_U, device)) if self.objective.needs_teacher else None
-        loss = chunked_loss(self.objective, parts, rows, teacher)
+        return TaughtDrafts(rows, teacher, starts, columns)
 
+    def _output(self, batch: DraftBatch, taught: TaughtDrafts, loss: Loss) -> StepOutput:
+        starts, columns, device = taught.start_N, taught.column_N, batch.input_ids.device
         proposals_TK = torch.full((batch.documents.num_tokens, self.draft_tokens), -1, dtype=torch.int32, device=device)
         proposals_TK[starts, columns] = loss.proposals_N.int()
         confidences_TK = torch.zeros(proposals_TK.shape, device=device)
@@ -223,21 +259,7 @@ class DFlash(nn.Module):
         return CompressedTeacher(batch.top_ids[token_U], batch.top_log_probs[token_U], everything_V, len(self.head_VH))
 
 
-def objective(options: DFlashOptions) -> Objective:
-    alpha = options.dpace_alpha
-    return {
-        "ce": Objective(ce=1.0),
-        "kl": Objective(kl=1.0),
-        "tv": Objective(tv=1.0),
-        "lk_alpha": Objective(lk_alpha=1.0),
-        "lk_lambda": Objective(lk_lambda=1.0, lk_eta=options.lk_eta),
-        "dpace": Objective(ce=1.0, pace="dpace", pace_alpha=alpha),
-        "dpace_prefix": Objective(ce=1.0, pace="prefix", pace_alpha=alpha),
-        "dpace_continuation": Objective(ce=1.0, pace="continuation", pace_alpha=alpha),
-    }[options.loss]
-
-
-def derive_config(options: DFlashOptions, tables: TargetTables, aux_layer_ids: tuple[int, ...], mask_token_id: int) -> DFlashConfig:
+def derive_config(options: BlockOptions, tables: TargetTables, aux_layer_ids: tuple[int, ...], mask_token_id: int) -> DFlashConfig:
     """The draft's shape from its target's: same width, heads, RoPE and context length.
 
     Raises:

@@ -8,7 +8,7 @@ Shapes: T packed tokens, R rows (A blocks of B), H hidden, F = captured layers *
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -149,6 +149,8 @@ class DFlashLayer(nn.Module):
 
 class DFlashDraft(nn.Module):
     """The trained network, its tensors named as the serving engines name them."""
+
+    config_type: ClassVar[type[DFlashConfig]] = DFlashConfig
 
     def __init__(self, config: DFlashConfig) -> None:
         super().__init__()
