@@ -36,8 +36,11 @@ def make_dflash(target_path: Path, store: LocalFeatureStore, **options: Any) -> 
     return method
 
 
-def whole_batch(store: LocalFeatureStore) -> DraftBatch:
-    return DraftBatch.read(store, range(len(store)))
+def ragged(store: LocalFeatureStore) -> list[SampleFeatures]:
+    """Documents with a prompt and a gap between two answers, and one in the middle that is supervised from its first token on."""
+    samples = [store.read(number) for number in range(len(store))]
+    samples[2] = replace(samples[2], loss_mask=torch.ones_like(samples[2].loss_mask))
+    return samples
 
 
 def slow_logits(method: DFlash, sample: SampleFeatures, anchor: int) -> torch.Tensor:
@@ -113,13 +116,14 @@ def slow_document(method: DFlash, sample: SampleFeatures, anchors: list[int]) ->
 @pytest.mark.parametrize("moment", [None, MOMENT], ids=["evaluation", "training"])
 @pytest.mark.parametrize("options", [{"loss": loss} for loss in LOSSES] + [SLIDING], ids=str)
 def test_blocks_equal_the_slow_form(options: dict[str, Any], moment: Moment | None, target_path: Path, store: LocalFeatureStore) -> None:
-    """Loss, gradients, weight, counts and proposals of ragged documents with prompts and a gap between two answers."""
-    method, batch = make_dflash(target_path, store, **options), whole_batch(store)
+    """Loss, gradients, weight, counts and proposals."""
+    method, samples = make_dflash(target_path, store, **options), ragged(store)
+    batch = DraftBatch.pack(range(len(store)), samples)
     plan = method.plan(batch, moment)
     output = method(batch, plan)
     names, parameters = zip(*method.draft.named_parameters(), strict=True)
     gradients = torch.autograd.grad(output.loss_sum, parameters)
-    samples, starts = [store.read(number) for number in range(len(store))], batch.documents.starts.tolist()
+    starts = batch.documents.starts.tolist()
     each = [
         slow_document(method, sample, [a - start for a in plan.anchors_A.tolist() if start <= a < end])
         for sample, start, end in zip(samples, starts, starts[1:], strict=False)
@@ -143,10 +147,11 @@ def test_blocks_equal_the_slow_form(options: dict[str, Any], moment: Moment | No
 
 
 def test_an_evaluation_begins_at_every_start(target_path: Path, store: LocalFeatureStore) -> None:
-    method, batch = make_dflash(target_path, store), whole_batch(store)
+    method, batch = make_dflash(target_path, store), DraftBatch.pack(range(len(store)), ragged(store))
     mask, document = batch.loss_mask, torch.from_numpy(batch.documents.index_T)
     starts = (mask[:-1] & mask[1:] & (document[:-1] == document[1:])).nonzero()[:, 0]
     assert method.plan(batch).anchors_A.tolist() == starts.tolist()
+    starts = method.plan(DraftBatch.read(store, range(len(store)))).anchors_A
     numbers = Evaluator(store, World(), draft_tokens=4, micro_batch_tokens=40, bootstrap=0).evaluate(method)
     assert numbers["eval/starts"] == len(starts)
 
@@ -169,6 +174,8 @@ def test_anchors_follow_from_seed_step_and_sample_alone(target_path: Path, store
     for moment in (replace(MOMENT, step=8), replace(MOMENT, seed=4)):
         assert drawn([0, 1, 2, 3, 4, 5], moment) != together
     assert len({tuple(drawn([5], replace(MOMENT, step=step))[5]) for step in range(20)}) > 10
+    twins = method.plan(DraftBatch.pack([5, 6], [store.read(5)] * 2), MOMENT).anchors_A
+    assert (twins[4:] - len(store.read(5).input_ids)).tolist() != twins[:4].tolist(), "the same text, another sample"
     everywhere = {a for step in range(60) for a in drawn([5], replace(MOMENT, step=step))[5]}
     assert everywhere == set(method.plan(DraftBatch.read(store, [5])).anchors_A.tolist())
 
