@@ -61,6 +61,31 @@ class Eagle3Options:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PEagleOptions(Eagle3Options):
+    """P-EAGLE (arXiv 2602.01469): EAGLE-3 that drafts all depths in one forward, from mask tokens."""
+
+    draft_tokens: int = 8
+    """K, depths: the longest chain that is trained."""
+    step_decay: float = 1.0
+    """gamma: depth d weighs gamma**d in the loss."""
+    layers: int = 4
+    mask_token_id: int = -1
+    """Id whose embedding stands for a token to be drafted, in no training row; -1: the highest such id."""
+    depth_ratio: float = 0.7
+    """Depth d trains on the share max(depth_ratio**d, depth_floor) of a sample's rows, drawn anew each time it is seen; 1: on all."""
+    depth_floor: float = 0.2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _at_least("mask_token_id", self.mask_token_id, -1)
+        for key in ("depth_ratio", "depth_floor"):
+            if not 0 < getattr(self, key) <= 1:
+                raise ConfigError(f"method.options.{key}={getattr(self, key)}: must lie in (0, 1]; 1 trains every depth on all rows.")
+        if self.norm_output:
+            raise ConfigError("method.options.norm_output=true: no depth of this draft reads another's output; leave it out.")
+
+
+@dataclass(frozen=True, kw_only=True)
 class BlockOptions:
     """Of every method that drafts a block of mask tokens in one forward."""
 
@@ -186,6 +211,7 @@ METHODS: dict[str, Registered] = {
         Eagle3Options, "specforge.methods.eagle3:Eagle3", "specforge.decode.eagle3:Eagle3Drafter",
         tree_drafter="specforge.decode.eagle3_tree:Eagle3TreeDrafter",
     ),
+    "peagle": Registered(PEagleOptions, "specforge.methods.peagle:PEagle", "specforge.decode.peagle:PEagleDrafter"),
     "dflash": Registered(DFlashOptions, "specforge.methods.dflash:DFlash", "specforge.decode.block:BlockDrafter"),
     "domino": Registered(DominoOptions, "specforge.methods.domino:Domino", "specforge.decode.block:BlockDrafter"),
 }  # fmt: skip

@@ -13,9 +13,10 @@ Where only few rows could leave, they stay, since moving the others together cos
 
 import dataclasses
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
@@ -41,6 +42,9 @@ from specforge.models.eagle3 import Eagle3Config, Eagle3Draft, LayerState, StepR
 _FEW_ROWS = 1 / 16
 """Share of the rows that must leave together."""
 
+Feed = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+"""What rows are fed at a later step, of their outputs, plain and `normalise`d, and the tokens that follow: see `Eagle3Draft.next_step`."""
+
 
 @dataclass(frozen=True)
 class TTTStep:
@@ -61,16 +65,24 @@ class TTTPlan(Plan):
     """w_tj: bool [T steps, tokens]."""
 
 
-def plan_ttt(batch: DraftBatch, in_vocabulary_V: np.ndarray, num_steps: int, decay: float) -> TTTPlan:
-    """Which rows each step computes, which of them are supervised, and the batch's weight."""
+def supervised_targets(batch: DraftBatch, num_steps: int) -> np.ndarray:
+    """Which rows have a supervised target at each step, in the draft vocabulary or not: bool [T steps, tokens]."""
     mask_T, document_T = batch.loss_mask.numpy(), batch.documents.index_T
-    teachable_T = in_vocabulary_V[batch.argmax.numpy()]
     tokens = len(mask_T)
     supervised_JT = np.zeros((num_steps, tokens), dtype=bool)
-    counted_JT = np.zeros((num_steps, tokens), dtype=bool)
     for step in range(min(num_steps, max(tokens - 2, 0))):
         reach = tokens - 2 - step
         supervised_JT[step, :reach] = mask_T[2 + step :] & (document_T[2 + step :] == document_T[:reach])
+    return supervised_JT
+
+
+def plan_ttt(batch: DraftBatch, supervised_JT: np.ndarray, in_vocabulary_V: np.ndarray, decay: float) -> TTTPlan:
+    """Which rows each step computes, which of them are supervised, and the batch's weight."""
+    num_steps, tokens = supervised_JT.shape
+    teachable_T = in_vocabulary_V[batch.argmax.numpy()]
+    counted_JT = np.zeros_like(supervised_JT)
+    for step in range(min(num_steps, max(tokens - 2, 0))):
+        reach = tokens - 2 - step
         counted_JT[step, :reach] = supervised_JT[step, :reach] & teachable_T[1 + step : tokens - 1]
     needed_JT = np.logical_or.accumulate(supervised_JT[::-1], axis=0)[::-1]
     # Every rank's backward must reach the parameters, or the reduction of the others would wait for it.
@@ -115,6 +127,7 @@ class Eagle3(nn.Module):
     embedding_VH: torch.Tensor
     teacher_head_DH: torch.Tensor
     to_draft_V: torch.Tensor
+    draft_type: ClassVar[type[Eagle3Draft]] = Eagle3Draft
 
     def __init__(self, options: Eagle3Options, draft: Eagle3Draft, tables: TargetTables) -> None:
         super().__init__()
@@ -138,8 +151,8 @@ class Eagle3(nn.Module):
         vocabulary = DraftVocabulary.from_counts(
             store.supervised_counts(tables.config.vocab_size), options.draft_vocab_size, always=tables.config.eos_token_ids
         )
-        config = derive_config(options, tables, store.aux_layer_ids, len(vocabulary.kept))
-        draft = Eagle3Draft(config, vocabulary)
+        config = cls.config_of(options, tables, store.aux_layer_ids, len(vocabulary.kept))
+        draft = cls.draft_type(config, vocabulary)
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for name, parameter in draft.named_parameters():
@@ -155,23 +168,34 @@ class Eagle3(nn.Module):
     @classmethod
     def read(cls, options: Eagle3Options, tables: TargetTables, folder: Path) -> Self:
         """The shape and vocabulary of a checkpointed draft; its weights are loaded by the caller, sharded or whole."""
-        stored = read_draft_config(folder)
-        kinds = {**files.kinds_of(Eagle3Config), "aux_layer_ids": list}
-        files.check_fields(stored, f"{folder}/config.json", CheckpointError, **kinds)
+        config = cls.read_config(folder)
         tensors = read_draft_tensors(folder, ("d2t", "t2d"))
         vocabulary = DraftVocabulary.from_tables(tensors["d2t"].numpy(), tensors["t2d"].numpy())
-        config = Eagle3Config(**{**{name: stored[name] for name in kinds}, "aux_layer_ids": tuple(stored["aux_layer_ids"])})
-        expected = derive_config(options, tables, config.aux_layer_ids, config.draft_vocab_size)
+        expected = cls.config_of(options, tables, config.aux_layer_ids, config.draft_vocab_size)
         differing = [
-            f"{key} is {getattr(config, key)!r}, this run wants {getattr(expected, key)!r}"
-            for key in kinds
-            if getattr(config, key) != getattr(expected, key)
+            f"{key} is {getattr(config, key)!r}, this run wants {wanted!r}"
+            for key, wanted in vars(expected).items()
+            if getattr(config, key) != wanted
         ]
         if differing:
             raise CheckpointError(
                 f"draft in {folder}: {'; '.join(differing)}. Set method.options to the draft's values or train a new draft."
             )
-        return cls(options, Eagle3Draft(config, vocabulary), tables)
+        return cls(options, cls.draft_type(config, vocabulary), tables)
+
+    @classmethod
+    def read_config(cls, folder: Path) -> Eagle3Config:
+        """The shape of a checkpointed draft."""
+        stored = read_draft_config(folder)
+        config_type = cls.draft_type.config_type
+        kinds = {**files.kinds_of(config_type), "aux_layer_ids": list}
+        files.check_fields(stored, f"{folder}/config.json", CheckpointError, **kinds)
+        return config_type(**{**{name: stored[name] for name in kinds}, "aux_layer_ids": tuple(stored["aux_layer_ids"])})
+
+    @classmethod
+    def config_of(cls, options: Any, tables: TargetTables, aux_layer_ids: tuple[int, ...], draft_vocab_size: int) -> Eagle3Config:
+        """The shape of the draft, and of what a method built on this one adds to it."""
+        return derive_config(options, tables, aux_layer_ids, draft_vocab_size)
 
     @classmethod
     def count_parameters(cls, options: Eagle3Options, tables: TargetTables, aux_layer_ids: tuple[int, ...]) -> int:
@@ -179,14 +203,14 @@ class Eagle3(nn.Module):
         size = min(options.draft_vocab_size or tables.config.vocab_size, tables.config.vocab_size)
         vocabulary = DraftVocabulary(np.arange(size), tables.config.vocab_size)
         with torch.device("meta"):
-            draft = Eagle3Draft(derive_config(options, tables, aux_layer_ids, size), vocabulary)
+            draft = cls.draft_type(cls.config_of(options, tables, aux_layer_ids, size), vocabulary)
         return sum(parameter.numel() for parameter in draft.parameters())
 
     def config_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self.draft.config)
 
     def plan(self, batch: DraftBatch, moment: Moment | None = None) -> TTTPlan:
-        return plan_ttt(batch, self._in_vocabulary_V, self.draft_tokens, self.options.step_decay)
+        return plan_ttt(batch, supervised_targets(batch, self.draft_tokens), self._in_vocabulary_V, self.options.step_decay)
 
     def forward(self, batch: DraftBatch, plan: TTTPlan) -> StepOutput:
         outputs = self._hidden_states(batch, plan)
@@ -198,20 +222,18 @@ class Eagle3(nn.Module):
     def _hidden_states(self, batch: DraftBatch, plan: TTTPlan) -> list[torch.Tensor]:
         """The draft's output [R, H] of every step, normalised but not yet times the final norm's weight."""
         device, documents = batch.input_ids.device, batch.documents
-        ids_T = batch.input_ids.long()
-        fused_TH = self.draft.fuse(batch.aux)
-        dtype, all_T = fused_TH.dtype, np.arange(documents.num_tokens if self.options.layers > 1 else 0)
+        dtype, all_T = self.draft.fc.weight.dtype, np.arange(documents.num_tokens if self.options.layers > 1 else 0)
         flex = self.options.attention == "flex"
         angles_P1C = self.draft.rotary(max(documents.lengths) + len(plan.steps))
         everywhere = StepRows.of(documents, all_T, angles_P1C[to_device(documents.position_T, device)], dtype, flex)
-        hidden, states, outputs = fused_TH, list[LayerState](), list[torch.Tensor]()
+        outputs = list[torch.Tensor]()
         for index, step in enumerate(plan.steps):
             if not len(step.rows_R):
                 break
             angle_R1C = angles_P1C[to_device(documents.position_T[step.rows_R] + index, device)]
             if index == 0:
                 rows = StepRows.of(documents, step.rows_R, angle_R1C, dtype, flex)
-                hidden, states = self.draft.first_step(fused_TH, self._embed(ids_T.roll(-1)), everywhere, rows)
+                hidden, states, feed = self._first_step(batch, everywhere, rows)
             else:
                 rows, normed = replace(rows, angle_R1C=angle_R1C), outputs[-1]
                 if step.keep_R is not None:
@@ -219,10 +241,15 @@ class Eagle3(nn.Module):
                     hidden, normed = take_rows(hidden, keep_R), take_rows(normed, keep_R)
                     for state in states:
                         state.keep(keep_R)
-                # Rows that nobody asks any more may reach beyond the last token: they are fed the first ones.
-                hidden = self.draft.next_step(hidden, normed, (rows.token_R + index) % documents.num_tokens, rows, states)
+                hidden = self.draft.next_step(*feed(hidden, normed, rows.token_R + index), rows, states)
             outputs.append(normalise(hidden, self.draft.config.rms_norm_eps))
         return outputs
+
+    def _first_step(self, batch: DraftBatch, everywhere: StepRows, rows: StepRows) -> tuple[torch.Tensor, list[LayerState], Feed]:
+        tokens, embedded_TH = batch.documents.num_tokens, self._embed(batch.input_ids.long().roll(-1))
+        hidden, states = self.draft.first_step(self.draft.fuse(batch.aux), embedded_TH, everywhere, rows)
+        # Rows that nobody asks any more may reach beyond the last token: they are fed the first ones.
+        return hidden, states, lambda hidden, normed, following_R: (hidden, normed, following_R % tokens)
 
     def loss(self, batch: DraftBatch, plan: TTTPlan, outputs: list[torch.Tensor]) -> StepOutput:
         """Loss, counts, proposals and their confidences from the `normalise`d outputs [R, H] of the steps."""

@@ -7,7 +7,7 @@ Shapes: T packed tokens, R rows of a step, H hidden, A captured layers, h query 
 """
 
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
@@ -109,7 +109,7 @@ class LayerState:
 
     def add(self, k_RgD: torch.Tensor, v_RgD: torch.Tensor, heads: int) -> None:
         for own, part_RgD in ((self.own_k_RhD, k_RgD), (self.own_v_RhD, v_RgD)):
-            own.append(Shared(part_RgD[:, :, None].expand(-1, -1, heads // part_RgD.shape[1], -1).flatten(1, 2)))
+            own.append(Shared(part_RgD[:, :, None].expand(len(k_RgD), -1, heads // part_RgD.shape[1], -1).flatten(1, 2)))
 
 
 class Eagle3Layer(nn.Module):
@@ -177,6 +177,7 @@ class Eagle3Draft(nn.Module):
 
     d2t: torch.Tensor
     t2d: torch.Tensor
+    config_type: ClassVar[type[Eagle3Config]] = Eagle3Config
 
     def __init__(self, config: Eagle3Config, vocabulary: DraftVocabulary) -> None:
         super().__init__()
@@ -235,7 +236,7 @@ class Eagle3Draft(nn.Module):
     ) -> torch.Tensor:
         """A later step: the rows' own outputs, plain and `normalise`d, go in as features; each layer gains one key per row.
 
-        `fed_R` says which of the first step's embeddings each row is fed.
+        `fed_R` says which of the first layer's embeddings each row is fed. What all rows are fed may be given once.
         """
         hidden = normed_RH * self.norm.weight if self.config.norm_output else hidden_RH
         for layer, state in zip(self.stack, states, strict=True):
