@@ -176,6 +176,25 @@ def test_the_recipe_of_dflash_for_a_real_target(tmp_path: Path) -> None:
     assert f"({', '.join(map(str, layers))}) of {target.num_hidden_layers}" in about
 
 
+def test_the_recipe_of_peagle_for_a_real_target(tmp_path: Path) -> None:
+    """As EAGLE-3's for it, with three more layers that see no embedding, and a feature of 3H for the mask."""
+    family = next(family for family in FAMILIES if family.recipe == "eagle3-qwen3-8b")
+    path = next(path for path in CONFIGS if path.stem == "peagle-qwen3-8b")
+    recipe = load_config(path, [f"model.target_path={tmp_path}"])
+    family.config.save_pretrained(tmp_path)
+    target = TargetConfig.read(tmp_path)
+    table_VH = torch.empty(target.vocab_size, target.hidden_size, dtype=torch.bfloat16, device="meta")
+    layers = captured_layers(recipe, target.num_hidden_layers) or aux_layer_ids(target.num_hidden_layers)
+    of_layer = 2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 12288 + 2 * 4096
+    parameters = family.parameters + 3 * of_layer + 3 * 4096
+    tables = TargetTables(table_VH, table_VH, target)
+    assert registered("peagle").load().count_parameters(recipe.method.options, tables, layers) == parameters
+    about = path.read_text()
+    assert f"{round(parameters / 1e6)} million" in about
+    assert f"{family.bytes_per_token:,} bytes a token" in about
+    assert f"({', '.join(map(str, layers))}) of {target.num_hidden_layers}" in about
+
+
 @each_family
 def test_a_recipe_on_the_target_it_is_named_after(family: Family, tmp_path: Path) -> None:
     """Everything that is read from the target's config.json, and the draft that follows from it, on the meta device."""

@@ -1,6 +1,7 @@
 """P-EAGLE against a slow form in float64 that lays all rows of all depths side by side under one mask, and what its plan promises."""
 
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -116,7 +117,7 @@ def test_depths_equal_the_slow_form(options: dict[str, Any], moment: Moment | No
     torch.testing.assert_close(output.loss_sum, expected, rtol=1e-10, atol=0)
     assert plan.weight == pytest.approx(sum(weight for _, weight, _ in each), rel=1e-12)
     for name, got, wanted in zip(names, gradients, torch.autograd.grad(expected, parameters), strict=True):
-        torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-10, msg=name)
+        torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-10, msg=partial("{}: {}".format, name))
 
     proposals = {(start + s, k): found for start, (_, _, of) in zip(starts, each, strict=False) for (s, k), found in of.items()}
     rows, columns = output.proposals_TK.ge(0).nonzero(as_tuple=True)
