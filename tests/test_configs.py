@@ -157,9 +157,19 @@ def test_every_method_has_a_recipe_of_the_embedded_target(name: str) -> None:
     assert registered(name).load().count_parameters(recipe.method.options, TargetTables.read(EMBEDDED_TARGET), layers) > 0
 
 
-def test_the_recipe_of_dflash_for_a_real_target(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "block_size", "parameters_of_heads"),
+    [
+        ("dflash", 16, 0),
+        # a unit of 1024 that reads H, a squeeze of both to 256, and from there to the vocabulary
+        ("domino", 16, 3 * 1024 * (4096 + 1024) + 256 * (4096 + 1024) + 151936 * 256),
+        # two tables of rank 256; the confidence reads H and 256
+        ("dspark", 7, 2 * 151936 * 256 + 4096 + 256 + 1),
+    ],
+)
+def test_the_recipe_of_blocks_for_a_real_target(name: str, block_size: int, parameters_of_heads: int, tmp_path: Path) -> None:
     """fc 5H*H; a layer: q and o H*32*128 each, k and v H*8*128 each, feed-forward 3*H*12288, two norms of H and two of 128; two of H."""
-    path = next(path for path in CONFIGS if path.stem == "dflash-qwen3-8b")
+    path = next(path for path in CONFIGS if path.stem == f"{name}-qwen3-8b")
     recipe = load_config(path, [f"model.target_path={tmp_path}"])
     next(family for family in FAMILIES if family.recipe == "eagle3-qwen3-8b").config.save_pretrained(tmp_path)
     target, options = TargetConfig.read(tmp_path), recipe.method.options
@@ -167,9 +177,9 @@ def test_the_recipe_of_dflash_for_a_real_target(tmp_path: Path) -> None:
     layers = captured_layers(recipe, target.num_hidden_layers)
     assert [layer - 1 for layer in layers] == [1, 9, 17, 25, 33]
     of_layer = 2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 12288 + 2 * 4096 + 2 * 128
-    parameters = 5 * 4096**2 + 5 * of_layer + 2 * 4096
-    assert registered("dflash").load().count_parameters(options, TargetTables(table_VH, table_VH, target), layers) == parameters
-    assert (options.block_size, options.mask_token_id, options.layers) == (16, 151669, 5)
+    parameters = 5 * 4096**2 + 5 * of_layer + 2 * 4096 + parameters_of_heads
+    assert registered(name).load().count_parameters(options, TargetTables(table_VH, table_VH, target), layers) == parameters
+    assert (options.block_size, options.mask_token_id, options.layers) == (block_size, 151669, 5)
     about = path.read_text()
     assert f"{round(parameters / 1e6):,} million" in about
     assert f"{6 * 4096 * 2 + 13:,} bytes a token" in about

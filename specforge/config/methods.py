@@ -174,6 +174,22 @@ class DominoOptions(DFlashOptions):
             raise ConfigError(f"method.options.base_decay={self.base_decay}: must lie in (0, 1]; 1 is the whole training.")
 
 
+@dataclass(frozen=True, kw_only=True)
+class DSparkOptions(BlockOptions):
+    """DSpark (arXiv 2607.05147): B drafts of a block, the anchor's own row giving the first; each is biased by the one before it, and
+    comes with a confidence. The loss is the paper's."""
+
+    block_size: int = 7
+    position_decay: float = 4.0
+    markov_head: Literal["vanilla", "gated", "rnn"] = "vanilla"
+    """What the bias depends on: the token before; gated: and the row's output; rnn: and what both were in the rows before."""
+    markov_rank: int = 256
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _at_least("markov_rank", self.markov_rank, 1)
+
+
 def _at_least(key: str, value: float, least: float) -> None:
     if value < least:
         raise ConfigError(f"method.options.{key}={value}: must be at least {least}; give a larger number.")
@@ -214,6 +230,7 @@ METHODS: dict[str, Registered] = {
     "peagle": Registered(PEagleOptions, "specforge.methods.peagle:PEagle", "specforge.decode.peagle:PEagleDrafter"),
     "dflash": Registered(DFlashOptions, "specforge.methods.dflash:DFlash", "specforge.decode.block:BlockDrafter"),
     "domino": Registered(DominoOptions, "specforge.methods.domino:Domino", "specforge.decode.block:BlockDrafter"),
+    "dspark": Registered(DSparkOptions, "specforge.methods.dspark:DSpark", "specforge.decode.block:BlockDrafter"),
 }  # fmt: skip
 
 

@@ -1,14 +1,11 @@
 """DFlash against a slow form in float64 that builds each block by itself, and what its plan promises."""
 
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from torch.nn import functional as F
 
 from specforge.config.methods import DFlashOptions
 from specforge.distributed import World
@@ -19,6 +16,7 @@ from specforge.features.store import LocalFeatureStore, SampleFeatures
 from specforge.features.tables import TargetTables
 from specforge.methods.base import Moment
 from specforge.methods.dflash import DFlash, derive_config
+from tests.slow_blocks import assert_equals_slow_form, ragged, sharpen, slow_losses, slow_outputs, slow_weights
 from tests.tiny import AUX
 
 SLIDING: dict[str, Any] = {"layers": 3, "layer_types": ("full_attention", "sliding_attention", "full_attention"), "sliding_window": 6}
@@ -27,123 +25,25 @@ MOMENT = Moment(seed=3, step=7, total_steps=10)
 
 
 def make_dflash(target_path: Path, store: LocalFeatureStore, **options: Any) -> DFlash:
-    """In float64, with sharp weights: attention decides what is said, and every norm has a weight of its own."""
+    """In float64, with sharp weights."""
     chosen: dict[str, Any] = {"block_size": 5, "anchors": 4, "layers": 2, "loss_chunk_rows": 7, "position_decay": 3.0, **options}
     method = DFlash.build(DFlashOptions(**chosen), TargetTables.read(target_path), store, 0).double()
-    generator = torch.Generator().manual_seed(1)
-    for parameter in method.draft.parameters():
-        parameter.data *= 2 if parameter.dim() == 2 else 0.5 + torch.rand(len(parameter), generator=generator, dtype=torch.float64)
+    sharpen(method)
     return method
-
-
-def ragged(store: LocalFeatureStore) -> list[SampleFeatures]:
-    """Documents with a prompt and a gap between two answers, and one in the middle that is supervised from its first token on."""
-    samples = [store.read(number) for number in range(len(store))]
-    samples[2] = replace(samples[2], loss_mask=torch.ones_like(samples[2].loss_mask))
-    return samples
-
-
-def slow_logits(method: DFlash, sample: SampleFeatures, anchor: int) -> torch.Tensor:
-    """Logits [B, V] of one block, by modules and lists of keys."""
-    draft, config, size = method.draft, method.draft.config, method.draft.config.block_size
-    ids = torch.tensor([int(sample.input_ids[anchor])] + [config.mask_token_id] * (size - 1))
-    hidden = F.embedding(ids, method.embedding_VH)
-    context = draft.hidden_norm(draft.fc(sample.aux[:anchor].double()))
-    position = torch.arange(anchor + size)
-    cos, sin = (x[0, :, None].double() for x in draft.rotary.tables(torch.zeros(1), position[None]))
-
-    def turned(x: torch.Tensor, first: int) -> torch.Tensor:
-        left, right = x.chunk(2, -1)
-        return x * cos[first : first + len(x)] + torch.cat([-right, left], -1) * sin[first : first + len(x)]
-
-    for layer, kind in zip(draft.stack, config.layer_types, strict=True):
-        own, x = layer.self_attn, layer.input_layernorm(hidden)
-        q, k, v = (proj(x).unflatten(-1, (-1, config.head_dim)) for proj in (own.q_proj, own.k_proj, own.v_proj))
-        context_k, context_v = (proj(context).unflatten(-1, (-1, config.head_dim)) for proj in (own.k_proj, own.v_proj))
-        q = turned(own.q_norm(q), anchor)
-        k = torch.cat([turned(own.k_norm(context_k), 0), turned(own.k_norm(k), anchor)])
-        v = torch.cat([context_v, v])
-        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
-        mixed = []
-        for row in range(size):
-            at = anchor + row
-            seen = range(anchor + size) if kind == "full_attention" else range(max(at - config.sliding_window + 1, 0), at + 1)
-            scores = torch.stack([(q[row] * k[t]).sum(-1) for t in seen]) / config.head_dim**0.5
-            mixed.append((scores.softmax(0)[..., None] * v[list(seen)]).sum(0).flatten())
-        hidden = hidden + own.o_proj(torch.stack(mixed))
-        x = layer.post_attention_layernorm(hidden)
-        hidden = hidden + layer.mlp.down_proj(F.silu(layer.mlp.gate_proj(x)) * layer.mlp.up_proj(x))
-    return draft.norm(hidden) @ method.head_VH.T
-
-
-def slow_losses(method: DFlash, sample: SampleFeatures, anchor: int, log_q_KV: torch.Tensor) -> tuple[list[torch.Tensor], list[float]]:
-    """Loss and weight of each draft of a block that counts."""
-    options, losses, weights, survival = method.options, [], [], 1.0
-    reached: list[float] = []
-    for k, log_q in enumerate(log_q_KV, 1):
-        label, logits = int(sample.input_ids[anchor + k]), method.head_VH @ sample.last[anchor + k - 1].double()
-        kl, accepted = -(logits.softmax(-1) * log_q).sum(), torch.minimum(logits.softmax(-1), log_q.exp()).sum()
-        share = torch.exp(-options.lk_eta * accepted.detach())
-        entropy = -(logits.softmax(-1) * logits.log_softmax(-1)).sum()
-        losses.append({
-            "kl": kl, "tv": 1 - accepted, "lk_alpha": -accepted.log(), "lk_lambda": share * (kl - entropy) + (1 - share) * (1 - accepted)
-        }.get(options.loss, -log_q[label]))  # fmt: skip
-        weights.append(float(np.float32(np.exp(-(k - 1) / options.position_decay))))
-        survival *= (1 - options.dpace_alpha) * log_q[label].exp().item() + options.dpace_alpha
-        reached.append(survival)
-    if options.loss.startswith("dpace"):
-        paces = {"dpace": [sum(reached[k:]) for k in range(len(reached))], "dpace_prefix": reached}
-        paces["dpace_continuation"] = [ahead / reach for ahead, reach in zip(paces["dpace"], reached, strict=True)]
-        return [pace * loss for pace, loss in zip(paces[options.loss], losses, strict=True)], [1.0] * len(losses)
-    return [weight * loss for weight, loss in zip(weights, losses, strict=True)], weights
-
-
-def slow_document(method: DFlash, sample: SampleFeatures, anchors: list[int]) -> tuple[torch.Tensor, float, dict[tuple[int, int], int]]:
-    """Loss sum, weight and proposals (start, k) of the given blocks of one document."""
-    loss, weight = torch.zeros((), dtype=torch.float64), 0.0
-    proposals: dict[tuple[int, int], int] = {}
-    for anchor in anchors:
-        drafts = 0
-        while drafts < method.draft_tokens and anchor + drafts + 1 < len(sample.loss_mask) and sample.loss_mask[anchor + drafts + 1]:
-            drafts += 1
-        log_q_KV = slow_logits(method, sample, anchor)[1 : drafts + 1].log_softmax(-1)
-        losses, weights = slow_losses(method, sample, anchor, log_q_KV)
-        loss, weight = loss + sum(losses), weight + sum(weights)
-        proposals |= {(anchor, k): int(log_q.argmax()) for k, log_q in enumerate(log_q_KV, 1)}
-    return loss, weight, proposals
 
 
 @pytest.mark.parametrize("moment", [None, MOMENT], ids=["evaluation", "training"])
 @pytest.mark.parametrize("options", [{"loss": loss} for loss in LOSSES] + [SLIDING], ids=str)
 def test_blocks_equal_the_slow_form(options: dict[str, Any], moment: Moment | None, target_path: Path, store: LocalFeatureStore) -> None:
-    """Loss, gradients, weight, counts and proposals."""
-    method, samples = make_dflash(target_path, store, **options), ragged(store)
-    batch = DraftBatch.pack(range(len(store)), samples)
-    plan = method.plan(batch, moment)
-    output = method(batch, plan)
-    names, parameters = zip(*method.draft.named_parameters(), strict=True)
-    gradients = torch.autograd.grad(output.loss_sum, parameters)
-    starts = batch.documents.starts.tolist()
-    each = [
-        slow_document(method, sample, [a - start for a in plan.anchors_A.tolist() if start <= a < end])
-        for sample, start, end in zip(samples, starts, starts[1:], strict=False)
-    ]
-    expected = sum((loss for loss, _, _ in each), torch.zeros((), dtype=torch.float64))
-    torch.testing.assert_close(output.loss_sum, expected, rtol=1e-10, atol=0)
-    assert plan.weight == pytest.approx(sum(weight for _, weight, _ in each), rel=1e-12)
-    for name, got, wanted in zip(names, gradients, torch.autograd.grad(expected, parameters), strict=True):
-        torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-10, msg=partial("{}: {}".format, name))
+    method = make_dflash(target_path, store, **options)
 
-    proposals = {(start + s, k): token for start, (_, _, found) in zip(starts, each, strict=False) for (s, k), token in found.items()}
-    rows, columns = output.proposals_TK.ge(0).nonzero(as_tuple=True)
-    assert proposals == {(s, k + 1): int(output.proposals_TK[s, k]) for s, k in zip(rows.tolist(), columns.tolist(), strict=True)}
-    count, correct = np.zeros(method.draft_tokens), np.zeros(method.draft_tokens)
-    for (s, k), token in proposals.items():
-        count[k - 1] += 1
-        correct[k - 1] += token == int(batch.argmax[s + k - 1])
-    assert output.tally["count"].tolist() == count.tolist()
-    assert output.tally["correct"].tolist() == correct.tolist()
-    assert (output.confidences_TK > 0).equal(output.proposals_TK >= 0)
+    def slow_block(sample: SampleFeatures, anchor: int, drafts: int) -> tuple[torch.Tensor, list[float], torch.Tensor]:
+        log_q_KV = (slow_outputs(method, sample, anchor)[1 : drafts + 1] @ method.head_VH.T).log_softmax(-1)
+        factors, weights = slow_weights(method, sample, anchor, log_q_KV)
+        losses = slow_losses(method, sample, anchor, log_q_KV)
+        return sum((f * x for f, x in zip(factors, losses, strict=True)), torch.zeros(())), weights, log_q_KV
+
+    assert_equals_slow_form(method, store, moment, slow_block)
 
 
 def test_an_evaluation_begins_at_every_start(target_path: Path, store: LocalFeatureStore) -> None:
@@ -151,9 +51,9 @@ def test_an_evaluation_begins_at_every_start(target_path: Path, store: LocalFeat
     mask, document = batch.loss_mask, torch.from_numpy(batch.documents.index_T)
     starts = (mask[:-1] & mask[1:] & (document[:-1] == document[1:])).nonzero()[:, 0]
     assert method.plan(batch).anchors_A.tolist() == starts.tolist()
-    starts = method.plan(DraftBatch.read(store, range(len(store)))).anchors_A
+    anchors_A = method.plan(DraftBatch.read(store, range(len(store)))).anchors_A
     numbers = Evaluator(store, World(), draft_tokens=4, micro_batch_tokens=40, bootstrap=0).evaluate(method)
-    assert numbers["eval/starts"] == len(starts)
+    assert numbers["eval/starts"] == len(anchors_A)
 
 
 def test_anchors_follow_from_seed_step_and_sample_alone(target_path: Path, store: LocalFeatureStore) -> None:
