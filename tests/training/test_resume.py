@@ -258,13 +258,13 @@ def poison(world: World, folder: Path, target_path: Path, features: Path) -> str
     controller = controller_for(world, folder, target_path, features)
     plan, calls = controller.method.plan, []
 
-    def poisoned(batch: Any) -> Any:
+    def poisoned(batch: Any, moment: Any = None) -> Any:
         calls.append(batch.samples)
         if len(calls) == 3 and world.rank == 1:
             batch.aux.fill_(float("nan"))
-        return plan(batch)
+        return plan(batch, moment)
 
-    controller.method.plan = poisoned  # type: ignore[method-assign, assignment]
+    controller.method.plan = poisoned  # type: ignore[method-assign]
     before = None
     try:
         controller.fit()
