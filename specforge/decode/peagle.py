@@ -41,7 +41,6 @@ class PEagleDrafter(Eagle3Drafter):
     def begin(self, prompts: Sequence[np.ndarray], capacity_tokens: int) -> None:
         super().begin(prompts, capacity_tokens)
         self._waiting: tuple[torch.Tensor, torch.Tensor, Sequence[int]] | None = None
-        self._drafts_BKH = self._last_BH[:, None].repeat(1, self.draft_nodes, 1)
 
     @torch.no_grad()
     def extend(self, next_ids_BM: torch.Tensor, aux_BMF: torch.Tensor, counts: Sequence[int]) -> None:
@@ -82,5 +81,4 @@ class PEagleDrafter(Eagle3Drafter):
         visible_BNS = self._slot_S[: max(self._lengths) + more] <= slot_BN[..., None]
         hidden_BNH = self._rows(features_BNH, ids_BN, slot_BN, slot_BN, visible_BNS)
         self._length_B1 = self._length_B1 + count_B1
-        drafts_BKH = hidden_BNH[self._row_B1, (count_B1 - 1).clamp_min(0) + self._slot_S[: self.draft_nodes]]
-        self._drafts_BKH = torch.where(count_B1[..., None] > 0, drafts_BKH, self._drafts_BKH)
+        self._drafts_BKH = hidden_BNH[self._row_B1, (count_B1 - 1).clamp_min(0) + self._slot_S[: self.draft_nodes]]

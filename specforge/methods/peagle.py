@@ -55,8 +55,10 @@ class PEagle(Eagle3):
 
     @classmethod
     def read(cls, options: Any, tables: TargetTables, folder: Path) -> Self:
+        stored = cls.read_config(folder)
+        assert isinstance(stored, PEagleConfig)
         if options.mask_token_id < 0:
-            options = replace(options, mask_token_id=vars(cls.read_config(folder))["mask_token_id"])
+            options = replace(options, mask_token_id=stored.mask_token_id)
         return super().read(options, tables, folder)
 
     @classmethod
@@ -80,15 +82,11 @@ class PEagle(Eagle3):
             supervised_JT = thinned_out(batch, supervised_JT, share_J, moment)
         return plan_ttt(batch, supervised_JT, self._in_vocabulary_V, options.step_decay)
 
-    def mask_embedding(self) -> torch.Tensor:
-        """[1, H]."""
-        return self._embed(torch.tensor([self.draft.config.mask_token_id], device=self.embedding_VH.device))
-
     def _first_step(self, batch: DraftBatch, everywhere: StepRows, rows: StepRows) -> tuple[torch.Tensor, list[LayerState], Feed]:
         fused_TH, mask_1H = self.draft.fuse_with_mask(batch.aux)
         hidden, states = self.draft.first_step(fused_TH, self._embed(batch.input_ids.long().roll(-1)), everywhere, rows)
-        eps, embedding_XH = self.draft.config.rms_norm_eps, states[0].weights.embedding_XH
+        eps, mask, embedding_XH = self.draft.config.rms_norm_eps, self.draft.config.mask_token_id, states[0].weights.embedding_XH
         assert embedding_XH is not None
-        states[0].embedded_TX = F.linear(normalise(self.mask_embedding(), eps), embedding_XH)
+        states[0].embedded_TX = F.linear(normalise(self.embedding_VH[mask : mask + 1].to(mask_1H.dtype), eps), embedding_XH)
         fed = mask_1H, normalise(mask_1H, eps), torch.zeros(1, dtype=torch.long, device=mask_1H.device)
         return hidden, states, lambda *_: fed

@@ -28,7 +28,10 @@ class PEagleDraft(Eagle3Draft):
         self.mask_hidden = nn.Parameter(torch.ones(1, 1, self.fc.in_features))
 
     def fuse_with_mask(self, aux_TF: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Captured layers [T, A*H] -> [T, H], and what stands for those of an unknown token, [1, H]."""
+        """Captured layers [T, A*H] -> [T, H], and what stands for those of an unknown token, [1, H].
+
+        Together, so that every batch gives the latter a gradient: the reduction over ranks would wait for one that is missing.
+        """
         aux_TF = torch.cat([aux_TF.to(self.mask_hidden.dtype), self.mask_hidden.flatten(0, 1)])
         fused_TH, mask_1H = self.fuse(aux_TF).split([len(aux_TF) - 1, 1])
         return fused_TH, mask_1H
