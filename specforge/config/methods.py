@@ -235,9 +235,9 @@ METHODS: dict[str, Registered] = {
 
 
 def registered(name: str) -> Registered:
-    """The entry of a method, or a ConfigError that names the closest known one."""
+    """The entry of a method, or a ConfigError that names the closest known ones."""
     if name not in METHODS:
-        close = difflib.get_close_matches(name, METHODS, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"known methods: {', '.join(sorted(METHODS))}."
+        close = sorted(difflib.get_close_matches(name, METHODS, n=2))
+        hint = f"did you mean {' or '.join(map(repr, close))}?" if close else f"known methods: {', '.join(sorted(METHODS))}."
         raise ConfigError(f"method.name={name!r}: no such method; {hint}")
     return METHODS[name]
