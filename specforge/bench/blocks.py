@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from specforge.bench.synthetic import random_batch, random_tables
+from specforge.bench.synthetic import Sizes, random_batch, random_tables
 from specforge.bench.train_step import PRODUCT_SIZE, Best, Step
 from specforge.config.methods import DFlashOptions
 from specforge.features.batch import DraftBatch
@@ -18,22 +18,12 @@ TARGET_LAYERS = 8
 
 
 @dataclass(frozen=True, kw_only=True)
-class BlockShape:
-    """Sizes of a draft and of one batch: `documents` of `tokens` tokens and `anchors` blocks each."""
+class BlockShape(Sizes):
+    """`anchors` blocks a document."""
 
-    hidden: int
-    intermediate: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    vocab: int
     layers: int
     block_size: int
     anchors: int
-    documents: int
-    tokens: int
-    prompt: int = 9
-    """Unsupervised tokens that open each document."""
 
 
 BLOCK_SHAPES = {

@@ -1,7 +1,6 @@
 """A method and a batch of random features in memory: the real objects of a training step, without a target on disk."""
 
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -20,8 +19,8 @@ AUX_LAYERS = (1, 2, 3)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shape:
-    """Sizes of a draft and of one batch: `documents` of `tokens` tokens each, `draft_tokens` steps of training-time test."""
+class Sizes:
+    """What target and batch are made from: `documents` of `tokens` tokens each."""
 
     hidden: int
     intermediate: int
@@ -29,12 +28,18 @@ class Shape:
     kv_heads: int
     head_dim: int
     vocab: int
-    draft_vocab: int
     documents: int
     tokens: int
-    draft_tokens: int
     prompt: int = 9
     """Unsupervised tokens that open each document. Nine keep the peer, which scores across document borders, from doing so."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape(Sizes):
+    """`draft_tokens` steps of training-time test."""
+
+    draft_vocab: int
+    draft_tokens: int
 
 
 SHAPES = {
@@ -47,29 +52,6 @@ SHAPES = {
         documents=2, tokens=256, draft_tokens=4,
     ),
 }  # fmt: skip
-
-
-class Sizes(Protocol):
-    """What target and batch are made from."""
-
-    @property
-    def hidden(self) -> int: ...
-    @property
-    def intermediate(self) -> int: ...
-    @property
-    def heads(self) -> int: ...
-    @property
-    def kv_heads(self) -> int: ...
-    @property
-    def head_dim(self) -> int: ...
-    @property
-    def vocab(self) -> int: ...
-    @property
-    def documents(self) -> int: ...
-    @property
-    def tokens(self) -> int: ...
-    @property
-    def prompt(self) -> int: ...
 
 
 def random_tables(sizes: Sizes, num_layers: int) -> TargetTables:

@@ -26,6 +26,23 @@ class StepOutput(NamedTuple):
     confidences_TK: torch.Tensor
     """How probable the draft calls that id, from 0 to 1; 0 where there is none. float32."""
 
+    @classmethod
+    def of(
+        cls, loss_sum: torch.Tensor, batch: DraftBatch, draft_tokens: int, starts: torch.Tensor, columns: torch.Tensor,
+        ids: torch.Tensor, confidences: torch.Tensor,
+    ) -> Self:  # fmt: skip
+        """From N drafts: where drafting starts, k - 1, the id proposed and its confidence, [N] each."""
+        proposals_TK = torch.full((batch.documents.num_tokens, draft_tokens), -1, dtype=torch.int32, device=ids.device)
+        proposals_TK[starts, columns] = ids.int()
+        confidences_TK = torch.zeros(proposals_TK.shape, device=ids.device)
+        confidences_TK[starts, columns] = confidences
+        right_N, zeros = ids == batch.argmax[starts + columns], torch.zeros(draft_tokens, device=ids.device)
+        tally = {
+            "correct": zeros.index_add(0, columns, right_N.float()),
+            "count": zeros.index_add(0, columns, torch.ones_like(right_N, dtype=torch.float32)),
+        }
+        return cls(loss_sum, tally, proposals_TK, confidences_TK)
+
 
 @dataclass(frozen=True)
 class Plan:

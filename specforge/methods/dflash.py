@@ -10,7 +10,6 @@ of the tokens s + 1..s + k are supervised, in the same document as s. With w_k =
 """
 
 import dataclasses
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
@@ -22,9 +21,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from specforge import files
 from specforge.config.methods import BlockOptions
-from specforge.errors import CheckpointError, ConfigError
+from specforge.errors import ConfigError
 from specforge.features.batch import DraftBatch
 from specforge.features.source import FeatureStore
 from specforge.features.tables import TargetTables
@@ -32,10 +30,11 @@ from specforge.layers.block_attention import BlockMask
 from specforge.layers.rows import to_device
 from specforge.methods.base import Moment, Plan, StepOutput
 from specforge.methods.distillation import Loss, TaughtRows, chunked_loss, chunks_of, default_chunk_rows
+from specforge.methods.mask_token import require_known, unused_token
 from specforge.methods.objectives import Objective
-from specforge.methods.teacher import CompressedTeacher, ExactTeacher, Teacher
+from specforge.methods.teacher import Teacher, teacher_at
 from specforge.models.dflash import FULL, SLIDING, Blocks, DFlashConfig, DFlashDraft
-from specforge.models.draft_folder import read_draft_config
+from specforge.models.initial_weights import draw_weights
 
 
 @dataclass(frozen=True)
@@ -124,36 +123,15 @@ class DFlash(nn.Module):
         """
         mask_token_id = unused_token(options.mask_token_id, store, tables.config.vocab_size)
         draft = cls.draft_type(cls.config_of(options, tables, store.aux_layer_ids, mask_token_id))
-        generator = torch.Generator().manual_seed(seed)
-        with torch.no_grad():
-            for name, parameter in draft.named_parameters():
-                if parameter.dim() == 2:
-                    std = 1 / math.sqrt(parameter.shape[1])
-                    parameter.normal_(
-                        0.0, std / math.sqrt(2) if name.endswith(("o_proj.weight", "down_proj.weight")) else std, generator=generator
-                    )
+        draw_weights(draft, seed)
         return cls(options, draft, tables)
 
     @classmethod
     def read(cls, options: BlockOptions, tables: TargetTables, folder: Path) -> Self:
         """The shape of a checkpointed draft; its weights are loaded by the caller, sharded or whole."""
-        stored = read_draft_config(folder)
-        lists = ("aux_layer_ids", "layer_types")
-        kinds: dict[str, Any] = {**files.kinds_of(cls.draft_type.config_type), **dict.fromkeys(lists, list)}
-        files.check_fields(stored, f"{folder}/config.json", CheckpointError, **kinds)
-        values: dict[str, Any] = {name: tuple(stored[name]) if name in lists else stored[name] for name in kinds}
-        config = cls.draft_type.config_type(**values)
+        config = cls.draft_type.config_type.read(folder)
         mask_token_id = config.mask_token_id if options.mask_token_id < 0 else options.mask_token_id
-        expected = cls.config_of(options, tables, config.aux_layer_ids, mask_token_id)
-        differing = [
-            f"{key} is {getattr(config, key)!r}, this run wants {getattr(expected, key)!r}"
-            for key in kinds
-            if getattr(config, key) != getattr(expected, key)
-        ]
-        if differing:
-            raise CheckpointError(
-                f"draft in {folder}: {'; '.join(differing)}. Set method.options to the draft's values or train a new draft."
-            )
+        cls.config_of(options, tables, config.aux_layer_ids, mask_token_id).require_in(folder, config)
         return cls(options, cls.draft_type(config), tables)
 
     @classmethod
@@ -234,29 +212,11 @@ class DFlash(nn.Module):
             depth_N=columns if self.objective.pace else None,
             block_size=self.draft_tokens if self.objective.pace else 0,
         )
-        teacher = self._teacher(batch, to_device(teacher_U, device)) if self.objective.needs_teacher else None
+        teacher = teacher_at(batch, to_device(teacher_U, device), self.head_VH) if self.objective.needs_teacher else None
         return TaughtDrafts(rows, teacher, starts, columns)
 
     def _output(self, batch: DraftBatch, taught: TaughtDrafts, loss: Loss) -> StepOutput:
-        starts, columns, device = taught.start_N, taught.column_N, batch.input_ids.device
-        proposals_TK = torch.full((batch.documents.num_tokens, self.draft_tokens), -1, dtype=torch.int32, device=device)
-        proposals_TK[starts, columns] = loss.proposals_N.int()
-        confidences_TK = torch.zeros(proposals_TK.shape, device=device)
-        confidences_TK[starts, columns] = loss.confidences_N
-        right_N = loss.proposals_N == batch.argmax[starts + columns]
-        zeros = torch.zeros(self.draft_tokens, device=device)
-        tally = {
-            "correct": zeros.index_add(0, columns, right_N.float()),
-            "count": zeros.index_add(0, columns, torch.ones_like(right_N, dtype=torch.float32)),
-        }
-        return StepOutput(loss.loss_sum, tally, proposals_TK, confidences_TK)
-
-    def _teacher(self, batch: DraftBatch, token_U: torch.Tensor) -> Teacher:
-        """The target's distribution at some tokens, exact where the batch has its last hidden state."""
-        if not batch.top_ids.numel():
-            return ExactTeacher(batch.last.index_select(0, token_U), self.head_VH, None)
-        everything_V = torch.arange(len(self.head_VH), dtype=torch.int32, device=token_U.device)
-        return CompressedTeacher(batch.top_ids[token_U], batch.top_log_probs[token_U], everything_V, len(self.head_VH))
+        return StepOutput.of(loss.loss_sum, batch, self.draft_tokens, taught.start_N, taught.column_N, loss.proposals_N, loss.confidences_N)
 
 
 def derive_config(options: BlockOptions, tables: TargetTables, aux_layer_ids: tuple[int, ...], mask_token_id: int) -> DFlashConfig:
@@ -272,50 +232,19 @@ def derive_config(options: BlockOptions, tables: TargetTables, aux_layer_ids: tu
             f"method.options.block_size={options.block_size}: the target has {target.max_position_embeddings} positions; "
             "choose a smaller block."
         )
-    if mask_token_id >= target.vocab_size:
-        raise ConfigError(
-            f"method.options.mask_token_id={mask_token_id}: the target has {target.vocab_size} ids; choose one below, or leave it out."
-        )
+    require_known(mask_token_id, target.vocab_size)
     if not all(0 < layer < target.num_hidden_layers for layer in aux_layer_ids):
         raise ConfigError(
             f"model.aux_layer_ids={list(aux_layer_ids)}: must lie between 1 and {target.num_hidden_layers - 1}, outputs of the target's "
             "layers but the last; leave it empty for layers spread evenly."
         )
-    return DFlashConfig(
-        hidden_size=target.hidden_size,
-        target_hidden_size=target.hidden_size,
-        intermediate_size=options.intermediate_size or target.intermediate_size,
-        num_hidden_layers=options.layers,
-        num_attention_heads=target.num_attention_heads,
-        num_key_value_heads=target.num_key_value_heads,
-        head_dim=target.head_dim,
-        rms_norm_eps=target.rms_norm_eps,
-        vocab_size=target.vocab_size,
-        max_position_embeddings=target.max_position_embeddings,
-        rope_parameters=target.rope_parameters,
-        aux_layer_ids=aux_layer_ids,
+    return DFlashConfig.of_target(
+        target,
+        options.layers,
+        options.intermediate_size,
+        aux_layer_ids,
         block_size=options.block_size,
         mask_token_id=mask_token_id,
         layer_types=options.layer_types or (FULL,) * options.layers,
         sliding_window=options.sliding_window,
     )
-
-
-def unused_token(wanted: int, store: FeatureStore, vocab_size: int) -> int:
-    """The id `wanted`, or the highest if that is negative, that no row of `store` contains.
-
-    Raises:
-        ConfigError: a row contains it, or all ids are taken.
-    """
-    used_V = np.zeros(vocab_size, dtype=bool)
-    for number in range(len(store)):
-        used_V[store.tokens(number)[0].numpy()] = True
-    free = np.flatnonzero(~used_V)
-    if 0 <= wanted < vocab_size and used_V[wanted]:
-        other = f"such as {free[-1]}" if len(free) else "but this target has none left"
-        raise ConfigError(f"method.options.mask_token_id={wanted}: occurs in the training rows; choose an id that does not, {other}.")
-    if wanted < 0 and not len(free):
-        raise ConfigError(
-            f"method.options.mask_token_id={wanted}: the training rows contain all {vocab_size} ids; reserve one of the target's."
-        )
-    return wanted if wanted >= 0 else int(free[-1])

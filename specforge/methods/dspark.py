@@ -53,8 +53,7 @@ class DSpark(DFlash):
     def forward(self, batch: DraftBatch, plan: BlockPlan) -> StepOutput:
         taught, hidden_NH = self._taught(batch, plan), self._hidden_states(batch, plan)
         previous_NR = self._previous(batch, plan)
-        parts = [*super().parts(batch, plan, hidden_NH), self._bias(plan, hidden_NH, previous_NR)]
-        loss = chunked_loss(self.objective, parts, taught.rows, taught.teacher)
+        loss = chunked_loss(self.objective, self._parts(batch, plan, hidden_NH, previous_NR), taught.rows, taught.teacher)
         assert loss.acceptance_N is not None
         logit_N = take_rows(self.draft.confidence_head(previous_NR, hidden_NH), taught.rows.row_N)
         accepted_N, weight_N = loss.acceptance_N.to(logit_N.dtype).clamp(0, 1), taught.rows.weight_N.to(logit_N.dtype)
@@ -63,11 +62,14 @@ class DSpark(DFlash):
         return self._output(batch, taught, loss._replace(loss_sum=loss.loss_sum + surprise, confidences_N=confidences_N))
 
     def parts(self, batch: DraftBatch, plan: BlockPlan, hidden_NH: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        return [*super().parts(batch, plan, hidden_NH), self._bias(plan, hidden_NH, self._previous(batch, plan))]
+        return self._parts(batch, plan, hidden_NH, self._previous(batch, plan))
 
-    def _bias(self, plan: BlockPlan, hidden_NH: torch.Tensor, previous_NR: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _parts(
+        self, batch: DraftBatch, plan: BlockPlan, hidden_NH: torch.Tensor, previous_NR: torch.Tensor
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
         head, cell_N = self.draft.markov_head, to_device(plan.block_N * self.draft_tokens + plan.draft_N - 1, hidden_NH.device)
-        return head(previous_NR, hidden_NH, cell_N, len(plan.anchors_A)), head.markov_w2.weight
+        bias_NR = head(previous_NR, hidden_NH, cell_N, len(plan.anchors_A))
+        return [*super().parts(batch, plan, hidden_NH), (bias_NR, head.markov_w2.weight)]
 
     def _previous(self, batch: DraftBatch, plan: BlockPlan) -> torch.Tensor:
         """W1 of the true tokens before the drafts, [N, R]."""

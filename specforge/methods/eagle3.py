@@ -12,7 +12,6 @@ Where only few rows could leave, they stay, since moving the others together cos
 """
 
 import dataclasses
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,10 +22,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from specforge import files
 from specforge.config.methods import Eagle3Options
 from specforge.data.vocabulary import DraftVocabulary
-from specforge.errors import CheckpointError
 from specforge.features.batch import DraftBatch
 from specforge.features.source import FeatureStore
 from specforge.features.tables import TargetTables
@@ -35,9 +32,10 @@ from specforge.layers.rows import take_rows, to_device
 from specforge.methods.base import Moment, Plan, StepOutput
 from specforge.methods.distillation import TaughtRows, chunked_loss, chunks_of, default_chunk_rows
 from specforge.methods.objectives import Objective
-from specforge.methods.teacher import CompressedTeacher, ExactTeacher, Teacher
-from specforge.models.draft_folder import read_draft_config, read_draft_tensors
+from specforge.methods.teacher import teacher_at
+from specforge.models.draft_folder import read_draft_tensors
 from specforge.models.eagle3 import Eagle3Config, Eagle3Draft, LayerState, StepRows
+from specforge.models.initial_weights import draw_weights
 
 _FEW_ROWS = 1 / 16
 """Share of the rows that must leave together."""
@@ -99,21 +97,12 @@ def plan_ttt(batch: DraftBatch, supervised_JT: np.ndarray, in_vocabulary_V: np.n
 
 def derive_config(options: Eagle3Options, tables: TargetTables, aux_layer_ids: tuple[int, ...], draft_vocab_size: int) -> Eagle3Config:
     """The draft's shape from its target's: same width, heads, RoPE and context length."""
-    target = tables.config
-    return Eagle3Config(
-        hidden_size=target.hidden_size,
-        target_hidden_size=target.hidden_size,
-        intermediate_size=options.intermediate_size or target.intermediate_size,
-        num_hidden_layers=options.layers,
-        num_attention_heads=target.num_attention_heads,
-        num_key_value_heads=target.num_key_value_heads,
-        head_dim=target.head_dim,
-        rms_norm_eps=target.rms_norm_eps,
-        vocab_size=target.vocab_size,
+    return Eagle3Config.of_target(
+        tables.config,
+        options.layers,
+        options.intermediate_size,
+        aux_layer_ids,
         draft_vocab_size=draft_vocab_size,
-        max_position_embeddings=target.max_position_embeddings,
-        rope_parameters=target.rope_parameters,
-        aux_layer_ids=aux_layer_ids,
         head_trained=options.head == "trained",
         fc_norm=options.fc_norm,
         norm_before_fc=options.norm_before_fc,
@@ -153,44 +142,19 @@ class Eagle3(nn.Module):
         )
         config = cls.config_of(options, tables, store.aux_layer_ids, len(vocabulary.kept))
         draft = cls.draft_type(config, vocabulary)
-        generator = torch.Generator().manual_seed(seed)
-        with torch.no_grad():
-            for name, parameter in draft.named_parameters():
-                if parameter.dim() == 2:
-                    std = 1 / math.sqrt(parameter.shape[1])
-                    parameter.normal_(
-                        0.0, std / math.sqrt(2) if name.endswith(("o_proj.weight", "down_proj.weight")) else std, generator=generator
-                    )
-            if draft.lm_head is not None:
-                draft.lm_head.weight.copy_(tables.head[torch.from_numpy(vocabulary.kept)])
+        draw_weights(draft, seed)
+        if draft.lm_head is not None:
+            draft.lm_head.weight.data.copy_(tables.head[torch.from_numpy(vocabulary.kept)])
         return cls(options, draft, tables)
 
     @classmethod
     def read(cls, options: Eagle3Options, tables: TargetTables, folder: Path) -> Self:
         """The shape and vocabulary of a checkpointed draft; its weights are loaded by the caller, sharded or whole."""
-        config = cls.read_config(folder)
+        config = cls.draft_type.config_type.read(folder)
         tensors = read_draft_tensors(folder, ("d2t", "t2d"))
         vocabulary = DraftVocabulary.from_tables(tensors["d2t"].numpy(), tensors["t2d"].numpy())
-        expected = cls.config_of(options, tables, config.aux_layer_ids, config.draft_vocab_size)
-        differing = [
-            f"{key} is {getattr(config, key)!r}, this run wants {wanted!r}"
-            for key, wanted in vars(expected).items()
-            if getattr(config, key) != wanted
-        ]
-        if differing:
-            raise CheckpointError(
-                f"draft in {folder}: {'; '.join(differing)}. Set method.options to the draft's values or train a new draft."
-            )
+        cls.config_of(options, tables, config.aux_layer_ids, config.draft_vocab_size).require_in(folder, config)
         return cls(options, cls.draft_type(config, vocabulary), tables)
-
-    @classmethod
-    def read_config(cls, folder: Path) -> Eagle3Config:
-        """The shape of a checkpointed draft."""
-        stored = read_draft_config(folder)
-        config_type = cls.draft_type.config_type
-        kinds = {**files.kinds_of(config_type), "aux_layer_ids": list}
-        files.check_fields(stored, f"{folder}/config.json", CheckpointError, **kinds)
-        return config_type(**{**{name: stored[name] for name in kinds}, "aux_layer_ids": tuple(stored["aux_layer_ids"])})
 
     @classmethod
     def config_of(cls, options: Any, tables: TargetTables, aux_layer_ids: tuple[int, ...], draft_vocab_size: int) -> Eagle3Config:
@@ -265,7 +229,7 @@ class Eagle3(nn.Module):
         row_N = np.concatenate([first + step.supervised_S for first, step in zip(first_row, steps, strict=True)])[by_teacher]
         # Step by step the product stays in the cache of a CPU.
         hidden_MH = torch.cat([normed_RH * self.draft.norm.weight for normed_RH in outputs])
-        teacher = self._teacher(batch, to_device(teacher_U, device))
+        teacher = teacher_at(batch, to_device(teacher_U, device), self.teacher_head_DH, self.to_draft_V)
         head_DH = self.teacher_head_DH if self.draft.lm_head is None else self.draft.lm_head.weight
         chunk_rows = self.options.loss_chunk_rows or default_chunk_rows(len(head_DH))
         rows = TaughtRows(
@@ -274,22 +238,6 @@ class Eagle3(nn.Module):
         )  # fmt: skip
         loss_sum, proposals_N, confidences_N, _ = chunked_loss(self.objective, [(hidden_MH, head_DH.to(hidden_MH.dtype))], rows, teacher)
 
+        starts, columns = to_device(start_N + 1, device), to_device(step_N, device)
         ids_N = proposals_N + self.draft.d2t[proposals_N]
-        starts, columns = to_device(start_N, device), to_device(step_N, device)
-        proposals_TK = torch.full((batch.documents.num_tokens, self.draft_tokens), -1, dtype=torch.int32, device=device)
-        proposals_TK[starts + 1, columns] = ids_N.int()
-        confidences_TK = torch.zeros(proposals_TK.shape, device=device)
-        confidences_TK[starts + 1, columns] = confidences_N
-        right_N = ids_N == batch.argmax[starts + 1 + columns]
-        zeros = torch.zeros(self.draft_tokens, device=device)
-        tally = {
-            "correct": zeros.index_add(0, columns, right_N.float()),
-            "count": zeros.index_add(0, columns, torch.ones_like(right_N, dtype=torch.float32)),
-        }
-        return StepOutput(loss_sum, tally, proposals_TK, confidences_TK)
-
-    def _teacher(self, batch: DraftBatch, token_U: torch.Tensor) -> Teacher:
-        """The target's distribution at some tokens, exact where the batch has its last hidden state."""
-        if not batch.top_ids.numel():
-            return ExactTeacher(batch.last.index_select(0, token_U), self.teacher_head_DH, batch.logsumexp[token_U])
-        return CompressedTeacher(batch.top_ids[token_U], batch.top_log_probs[token_U], self.to_draft_V, len(self.teacher_head_DH))
+        return StepOutput.of(loss_sum, batch, self.draft_tokens, starts, columns, ids_N, confidences_N)

@@ -23,8 +23,8 @@ from specforge.features.source import FeatureStore
 from specforge.features.tables import TargetTables
 from specforge.layers.norm import normalise
 from specforge.methods.base import Moment
-from specforge.methods.dflash import unused_token
 from specforge.methods.eagle3 import Eagle3, Feed, TTTPlan, derive_config, plan_ttt, supervised_targets
+from specforge.methods.mask_token import require_known, unused_token
 from specforge.models.eagle3 import LayerState, StepRows
 from specforge.models.peagle import PEagleConfig, PEagleDraft
 
@@ -55,10 +55,8 @@ class PEagle(Eagle3):
 
     @classmethod
     def read(cls, options: Any, tables: TargetTables, folder: Path) -> Self:
-        stored = cls.read_config(folder)
-        assert isinstance(stored, PEagleConfig)
         if options.mask_token_id < 0:
-            options = replace(options, mask_token_id=stored.mask_token_id)
+            options = replace(options, mask_token_id=PEagleConfig.read(folder).mask_token_id)
         return super().read(options, tables, folder)
 
     @classmethod
@@ -68,10 +66,7 @@ class PEagle(Eagle3):
             raise ConfigError(
                 f"method.options.draft_tokens={options.draft_tokens}: the target has {positions} positions; choose fewer depths."
             )
-        if options.mask_token_id >= vocab_size:
-            raise ConfigError(
-                f"method.options.mask_token_id={options.mask_token_id}: the target has {vocab_size} ids; choose one below, or leave it out."
-            )
+        require_known(options.mask_token_id, vocab_size)
         shape = derive_config(options, tables, aux_layer_ids, draft_vocab_size)
         return PEagleConfig(**vars(shape), mask_token_id=options.mask_token_id)
 

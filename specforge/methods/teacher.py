@@ -9,6 +9,8 @@ from typing import Protocol
 
 import torch
 
+from specforge.features.batch import DraftBatch
+
 _LEAST_MASS = 2.0**-100
 """What is left to the unknown ids where rounding leaves nothing: a target may be sure of ids of which the draft has none."""
 
@@ -76,3 +78,15 @@ class CompressedTeacher:
         column_UK = self.to_draft_V[self.ids_UK[start:end].long()].long()
         column_UK = torch.where(column_UK < 0, self.draft_size, column_UK)  # ids that the draft lacks go to a column too many
         return left_U1.repeat(1, self.draft_size + 1).scatter_(1, column_UK, known_UK)[:, : self.draft_size]
+
+
+def teacher_at(batch: DraftBatch, token_U: torch.Tensor, head_DH: torch.Tensor, to_draft_V: torch.Tensor | None = None) -> Teacher:
+    """The target's distribution at some tokens, exact where the batch has its last hidden state.
+
+    head_DH: the rows of the target's head that the draft keeps; to_draft_V: draft id of each id, or -1; None: the draft keeps all ids.
+    """
+    if not batch.top_ids.numel():
+        return ExactTeacher(batch.last.index_select(0, token_U), head_DH, None if to_draft_V is None else batch.logsumexp[token_U])
+    if to_draft_V is None:
+        to_draft_V = torch.arange(len(head_DH), dtype=torch.int32, device=token_U.device)
+    return CompressedTeacher(batch.top_ids[token_U], batch.top_log_probs[token_U], to_draft_V, len(head_DH))

@@ -8,7 +8,7 @@ Shapes: T packed tokens, R rows (A blocks of B), H hidden, F = captured layers *
 """
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -19,28 +19,14 @@ from specforge.layers.norm import normalise
 from specforge.layers.rotary import Rotary, pair_rows
 from specforge.layers.rows import take_rows
 from specforge.layers.shared import Shared, linear
-from specforge.layers.swiglu import swiglu
+from specforge.models.decoder import OutputWeights, after_attention
+from specforge.models.draft_config import DraftConfig
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 
 
 @dataclass(frozen=True, kw_only=True)
-class DFlashConfig:
-    """Shape of the draft; `as_dict` is what a checkpoint's `config.json` holds."""
-
-    hidden_size: int
-    target_hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    rms_norm_eps: float
-    vocab_size: int
-    max_position_embeddings: int
-    rope_parameters: dict[str, Any]
-    aux_layer_ids: tuple[int, ...]
-    """Indices into Hugging Face `hidden_states`, ascending."""
+class DFlashConfig(DraftConfig):
     block_size: int
     """B, the anchor included."""
     mask_token_id: int
@@ -63,8 +49,8 @@ class Blocks:
     """The rows whose output is wanted, int64."""
 
 
-@dataclass(frozen=True)
-class LayerWeights:
+@dataclass(frozen=True, kw_only=True)
+class LayerWeights(OutputWeights):
     """A layer's projections; the weights of the norms before them are multiplied into their columns."""
 
     qkv_XH: Shared
@@ -73,9 +59,6 @@ class LayerWeights:
     """k and v of the fused features."""
     head_norm_nD: torch.Tensor
     """Weight of the norm of each of the h query heads, scaled, and g key heads, in the order of `pair_rows`."""
-    output_HZ: Shared
-    gate_up_YH: Shared
-    down_HI: Shared
 
 
 class Attention(nn.Module):
@@ -116,12 +99,12 @@ class DFlashLayer(nn.Module):
         q, k = (pair_rows(projection.weight, self.head_dim) for projection in (own.q_proj, own.k_proj))
         query_norm_D, key_norm_D = (pair_rows(norm.weight, self.head_dim) for norm in (own.q_norm, own.k_norm))
         return LayerWeights(
-            Shared(torch.cat([q, k, own.v_proj.weight]) * self.input_layernorm.weight),
-            Shared(torch.cat([k, own.v_proj.weight]) * context_norm_H),
-            torch.cat([(query_norm_D * self.head_dim**-0.5).expand(self.heads, -1), key_norm_D.expand(self.groups, -1)]),
-            Shared(own.o_proj.weight),
-            Shared(torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]) * self.post_attention_layernorm.weight),
-            Shared(mlp.down_proj.weight),
+            qkv_XH=Shared(torch.cat([q, k, own.v_proj.weight]) * self.input_layernorm.weight),
+            context_YH=Shared(torch.cat([k, own.v_proj.weight]) * context_norm_H),
+            head_norm_nD=torch.cat([(query_norm_D * self.head_dim**-0.5).expand(self.heads, -1), key_norm_D.expand(self.groups, -1)]),
+            output_HZ=Shared(own.o_proj.weight),
+            gate_up_YH=Shared(torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]) * self.post_attention_layernorm.weight),
+            down_HI=Shared(mlp.down_proj.weight),
         )
 
     def context_keys_values(self, normed_TH: torch.Tensor, weights: LayerWeights, angle_T1C: torch.Tensor) -> torch.Tensor:
@@ -140,11 +123,6 @@ class DFlashLayer(nn.Module):
         qk_RnD, v_RgD = qkv_RX.unflatten(-1, (-1, self.head_dim)).split([self.heads + self.groups, self.groups], 1)
         q_RhD, k_RgD = normalise_and_rotate(qk_RnD, weights.head_norm_nD, angle_R1C, self.eps).split([self.heads, self.groups], 1)
         return q_RhD, torch.stack([k_RgD, v_RgD])
-
-    def after_attention(self, hidden_RH: torch.Tensor, mixed_RhD: torch.Tensor, weights: LayerWeights) -> torch.Tensor:
-        """Output projection and feed-forward, each added to what went in."""
-        hidden_RH = hidden_RH + linear(mixed_RhD.flatten(1), weights.output_HZ)
-        return hidden_RH + linear(swiglu(linear(normalise(hidden_RH, self.eps), weights.gate_up_YH)), weights.down_HI)
 
 
 class DFlashDraft(nn.Module):
@@ -190,7 +168,7 @@ class DFlashDraft(nn.Module):
             mixed_RhD = mixed_ABhD.flatten(0, 1)
             if depth == config.num_hidden_layers - 1:
                 hidden, mixed_RhD = take_rows(hidden, blocks.wanted_N), take_rows(mixed_RhD, blocks.wanted_N)
-            hidden = layer.after_attention(hidden, mixed_RhD, weights)
+            hidden = after_attention(hidden, mixed_RhD, weights, layer.eps)
         return self.final_norm(hidden)
 
     def final_norm(self, hidden_XH: torch.Tensor) -> torch.Tensor:

@@ -7,7 +7,7 @@ Shapes: T packed tokens, R rows of a step, H hidden, A captured layers, h query 
 """
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Self
+from typing import ClassVar, Self
 
 import numpy as np
 import torch
@@ -24,27 +24,13 @@ from specforge.layers.norm import normalise
 from specforge.layers.rotary import Rotary, pair_rows, rotate
 from specforge.layers.rows import take_rows, to_device
 from specforge.layers.shared import Shared, linear
-from specforge.layers.swiglu import swiglu
+from specforge.models.decoder import OutputWeights, after_attention
+from specforge.models.draft_config import DraftConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class Eagle3Config:
-    """Shape of the draft; `as_dict` is what a checkpoint's `config.json` holds."""
-
-    hidden_size: int
-    target_hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    rms_norm_eps: float
-    vocab_size: int
+class Eagle3Config(DraftConfig):
     draft_vocab_size: int
-    max_position_embeddings: int
-    rope_parameters: dict[str, Any]
-    aux_layer_ids: tuple[int, ...]
-    """Indices into Hugging Face `hidden_states`, ascending."""
     head_trained: bool
     fc_norm: bool
     norm_before_fc: bool
@@ -74,17 +60,14 @@ class StepRows:
         return cls(token_R, angle_R1C, blocks, [causal_bias(block, token_R, dtype) for block in blocks])
 
 
-@dataclass(frozen=True)
-class LayerWeights:
+@dataclass(frozen=True, kw_only=True)
+class LayerWeights(OutputWeights):
     """A layer's projections; the weights of the norms before them are multiplied into their columns."""
 
     qkv_XH: Shared
     """q, scaled, k and v below each other, of the hidden state."""
     embedding_XH: torch.Tensor | None
     """The same of the embedding; None in layers that see none."""
-    output_HZ: Shared
-    gate_up_YH: Shared
-    down_HI: Shared
 
 
 @dataclass
@@ -138,8 +121,13 @@ class Eagle3Layer(nn.Module):
         norms = [self.hidden_norm] if self.input_layernorm is None else [self.input_layernorm, self.hidden_norm]
         *embedding_XH, qkv_XH = (part * norm.weight for part, norm in zip(qkv.chunk(len(norms), 1), norms, strict=True))
         gate_up_YH = torch.cat([self.gate_proj.weight, self.up_proj.weight]) * self.post_attention_layernorm.weight
-        output_HZ, down_HI = Shared(self.o_proj.weight), Shared(self.down_proj.weight)
-        return LayerWeights(Shared(qkv_XH), embedding_XH[0] if embedding_XH else None, output_HZ, Shared(gate_up_YH), down_HI)
+        return LayerWeights(
+            qkv_XH=Shared(qkv_XH),
+            embedding_XH=embedding_XH[0] if embedding_XH else None,
+            output_HZ=Shared(self.o_proj.weight),
+            gate_up_YH=Shared(gate_up_YH),
+            down_HI=Shared(self.down_proj.weight),
+        )
 
     def queries_keys_values(
         self, normed_RH: torch.Tensor, weights: LayerWeights, embedded_RX: torch.Tensor | None, angle_R1C: torch.Tensor
@@ -149,11 +137,6 @@ class Eagle3Layer(nn.Module):
         qk_RhD, v_RgD = qkv_RX.unflatten(-1, (-1, self.head_dim)).split([self.heads + self.groups, self.groups], 1)
         q_RhD, k_RgD = rotate(qk_RhD, angle_R1C).split([self.heads, self.groups], 1)
         return q_RhD, k_RgD, v_RgD
-
-    def after_attention(self, hidden_RH: torch.Tensor, mixed_RhD: torch.Tensor, weights: LayerWeights) -> torch.Tensor:
-        """Output projection and feed-forward, each added to what went in."""
-        hidden_RH = hidden_RH + linear(mixed_RhD.flatten(1), weights.output_HZ)
-        return hidden_RH + linear(swiglu(linear(normalise(hidden_RH, self.eps), weights.gate_up_YH)), weights.down_HI)
 
     def mix(self, hidden_RH: torch.Tensor, q_RhD: torch.Tensor, state: LayerState, rows: StepRows) -> torch.Tensor:
         """The layer from its queries on."""
@@ -165,7 +148,7 @@ class Eagle3Layer(nn.Module):
             else:
                 k_RhD, v_RhD = ([each.tensor for each in own] for own in (own_k, own_v))
                 mixed_RhD = flex_prefix_and_own_attention(q_RhD, state.prefix_T2gD.tensor, k_RhD, v_RhD, rows.mask)
-            return self.after_attention(hidden_RH, mixed_RhD, state.weights)
+            return after_attention(hidden_RH, mixed_RhD, state.weights, self.eps)
 
         if self.checkpointing and torch.is_grad_enabled():
             return checkpoint(run, hidden_RH, q_RhD, use_reentrant=False, preserve_rng_state=False)

@@ -1,0 +1,18 @@
+"""The random weights that a new draft starts from."""
+
+import math
+
+import torch
+from torch import nn
+
+
+@torch.no_grad()
+def draw_weights(draft: nn.Module, seed: int) -> None:
+    """Fill every matrix from a normal distribution of standard deviation 1/sqrt(inputs), less by sqrt(2) where it writes into the residual
+    stream; vectors stay."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in draft.named_parameters():
+        if parameter.dim() == 2:
+            std = 1 / math.sqrt(parameter.shape[1])
+            residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+            parameter.normal_(0.0, std / math.sqrt(2) if residual else std, generator=generator)
