@@ -22,6 +22,7 @@ from specforge import files
 from specforge.cli.table import acceptance_table
 from specforge.config import load_config
 from specforge.config.load import dump_config
+from specforge.demo.rows import split_answers, write_prompts
 from specforge.errors import SpecForgeError
 from specforge.log.run_log import read_metrics
 
@@ -60,14 +61,15 @@ class Story:
     def tell(self) -> None:
         self._make_room()
         self._say("1. prompts from the Python sources of this machine; held-out prompts come from packages nobody trained on")
-        self._write_prompts()
+        write_prompts(self.out / "prompts.jsonl", TRAIN_PROMPTS, HELDOUT_PROMPTS)
         self._say(f"2. the target answers them: greedy, at most {ANSWER_TOKENS} tokens each, on two processes")
         answers = self.out / "answers.jsonl"
         self._torchrun(
             "prepare", str(self.config_path), f"data.train_path={self.out / 'prompts.jsonl'}",
             "--regenerate", str(answers), "--max-new-tokens", str(ANSWER_TOKENS),
         )  # fmt: skip
-        self._split(answers)
+        train, heldout = split_answers(answers)
+        print(f"{train} answers to train on, {heldout} held out")
         self._say(f"3. train an EAGLE-3 draft on two FSDP ranks; SIGKILL after step {KILL_AFTER}")
         killed_at = self._train_and_kill()
         best = files.read_json(self.run_folder / "best_meta.json")
@@ -111,26 +113,6 @@ class Story:
         }
         config = load_config(None, [f"{key}={value}" for key, value in settings.items()])
         self.config_path.write_text(dump_config(config))
-
-    def _write_prompts(self) -> None:
-        from specforge.demo.conversations import conversations
-        from specforge.demo.corpus import Split
-
-        with (self.out / "prompts.jsonl").open("w") as file:
-            counts: tuple[tuple[Split, int], ...] = (("train", TRAIN_PROMPTS), ("heldout", HELDOUT_PROMPTS))
-            for split, count in counts:
-                for row in conversations(split, count):
-                    row = {"id": f"{split}/{row['id']}", "domain": row["domain"], "conversations": row["conversations"]}
-                    file.write(json.dumps(row) + "\n")
-
-    def _split(self, answers: Path) -> None:
-        rows: dict[str, list[str]] = {"train": [], "heldout": []}
-        for line in answers.read_text().splitlines():
-            rows[json.loads(line)["id"].split("/")[0]].append(line)
-        for split, lines in rows.items():
-            (self.out / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
-        tokens = [sum(json.loads(line)["loss_mask"]) for line in rows["heldout"]]
-        print(f"{len(rows['train'])} answers to train on, {len(tokens)} held out ({sum(tokens) / len(tokens):.0f} tokens on average)")
 
     def _command(self, *words: str) -> list[str]:
         return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "specforge", *words]

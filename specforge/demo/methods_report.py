@@ -1,0 +1,207 @@
+"""Every drafting method on the embedded target, side by side: equal rows, steps and parameters, several seeds.
+
+    python -m specforge.demo.methods_report [--out FOLDER] [--steps N] [--seeds N] [--rows N]
+
+The target answers prompts, each recipe `configs/*-embedded.yaml` is trained on the answers with each seed, two trainings at a time with
+one thread each, and then the drafts of the first seed decode in turns. What an earlier call has done is kept. The table is Markdown, the
+last line JSON.
+
+Walks are those of all K drafts after the last step (docs/evaluation.md). The interval holds the mean over seeds with 95 %, were seeds
+and held-out answers drawn anew: half of it is 1.96 sqrt(v + w / S), v the mean variance over answers, w that over S seeds.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import product
+from pathlib import Path
+from statistics import fmean, median, variance
+from typing import Any
+
+import numpy as np
+import torch
+
+from specforge.cli.demo import ANSWER_TOKENS, CALM, TARGET
+from specforge.cli.draft import read_draft
+from specforge.config import load_config
+from specforge.config.methods import registered
+from specforge.data.conversations import read_rows
+from specforge.decode.drafter import Drafter, Proposal
+from specforge.decode.engine import Decoder
+from specforge.demo.rows import split_answers, write_prompts
+from specforge.errors import SpecForgeError
+from specforge.features.tables import TargetTables
+from specforge.features.target import Target
+from specforge.log.run_log import read_metrics
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+INTERMEDIATE_SIZES = {"eagle3": 1112, "peagle": 468, "dflash": 864, "domino": 512, "dspark": 408}
+"""Widths of the feed-forward that give every draft 1.30 million parameters, within 0.1 %."""
+AUX_LAYER_IDS = (1, 2, 3)
+HELDOUT = 260
+DOMAINS = ("complete", "docstring", "literal", "prose")
+TIMED_PROMPTS, TIMED_LAPS = 8, 3
+
+
+class DraftClock:
+    """Another drafter, and the seconds that it spent in each round, what it reads of the last one included."""
+
+    def __init__(self, drafter: Drafter) -> None:
+        self._drafter = drafter
+        self.layer_ids, self.draft_nodes = drafter.layer_ids, drafter.draft_nodes
+        self.rounds_s: list[float] = []
+
+    def begin(self, prompts: Sequence[np.ndarray], capacity_tokens: int) -> None:
+        self._drafter.begin(prompts, capacity_tokens)
+        self._prefilled = False
+
+    def extend(self, next_ids_BM: torch.Tensor, aux_BMF: torch.Tensor, counts: Sequence[int]) -> None:
+        began_s = time.perf_counter()
+        self._drafter.extend(next_ids_BM, aux_BMF, counts)
+        self._extended_s = time.perf_counter() - began_s
+
+    def propose(self) -> Proposal:
+        began_s = time.perf_counter()
+        proposal = self._drafter.propose()
+        if self._prefilled:
+            self.rounds_s.append(self._extended_s + time.perf_counter() - began_s)
+        self._prefilled = True
+        return proposal
+
+
+class Comparison:
+    def __init__(self, out: Path, steps: int, seeds: int, rows: int) -> None:
+        self.out, self.steps, self.seeds, self.rows = out, steps, seeds, rows
+
+    def run(self) -> dict[str, Any]:
+        """The numbers of the JSON line."""
+        self._make_rows()
+        jobs = list(product(INTERMEDIATE_SIZES, range(self.seeds)))
+        self._train(*jobs[0])  # captures the features, which the others find in the cache
+        with ThreadPoolExecutor(max_workers=2) as both:
+            list(both.map(lambda job: self._train(*job), jobs[1:]))
+        numbers = {name: self._numbers(name) for name in INTERMEDIATE_SIZES}
+        for name, seconds in self._draft_seconds().items():
+            numbers[name]["draft_ms"] = 1e3 * seconds
+        return {"steps": self.steps, "seeds": self.seeds, "rows": self.rows, "methods": numbers}
+
+    def _make_rows(self) -> None:
+        if (self.out / "heldout.jsonl").exists():
+            return
+        self.out.mkdir(parents=True, exist_ok=True)
+        prompts, answers = self.out / "prompts.jsonl", self.out / "answers.jsonl"
+        write_prompts(prompts, self.rows, HELDOUT)
+        self._specforge(
+            "prepare", str(CONFIGS / "eagle3-embedded.yaml"), f"model.target_path={TARGET}", f"data.train_path={prompts}",
+            "--regenerate", str(answers), "--max-new-tokens", str(ANSWER_TOKENS), log="rows.log",
+        )  # fmt: skip
+        split_answers(answers)
+
+    def _settings(self, name: str, seed: int) -> list[str]:
+        run = self._run(name, seed)
+        settings = {
+            "run_id": run.name, "output_dir": run, "seed": seed, "model.target_path": TARGET,
+            "model.aux_layer_ids": list(AUX_LAYER_IDS), "features.cache_dir": self.out / "features",
+            "method.options.intermediate_size": INTERMEDIATE_SIZES[name],
+            "data.train_path": self.out / "train.jsonl", "data.eval_path": self.out / "heldout.jsonl",
+            "train.steps": self.steps, "train.eval_every": self.steps // 4, "train.save_every": self.steps // 4,
+        }  # fmt: skip
+        return [f"{key}={value}" for key, value in settings.items()]
+
+    def _run(self, name: str, seed: int) -> Path:
+        return self.out / f"{name}-{seed}"
+
+    def _train(self, name: str, seed: int) -> None:
+        run = self._run(name, seed)
+        if self._last(run).get("step") == self.steps:
+            return
+        resume = [f"train.resume_from={run / 'latest'}"] if (run / "latest").exists() else []
+        recipe = str(CONFIGS / f"{name}-embedded.yaml")
+        self._specforge("train", recipe, *self._settings(name, seed), *resume, log=f"{run.name}.log")
+        print(f"{run.name}: walk {self._last(run)['eval/walk_acc_len']:.3f}", flush=True)
+
+    def _specforge(self, *words: str, log: str) -> None:
+        with (self.out / log).open("a") as file:
+            command = [sys.executable, "-m", "specforge", *words]
+            done = subprocess.run(command, env={**os.environ, **CALM}, check=False, stdout=file, stderr=subprocess.STDOUT)
+        if done.returncode:
+            raise SpecForgeError(f"`specforge {' '.join(words)}` failed with exit code {done.returncode}; {self.out / log} says why.")
+
+    def _last(self, run: Path) -> dict[str, Any]:
+        evaluated = [line for line in read_metrics(run / "metrics.jsonl") if "eval/walk_acc_len" in line]
+        return evaluated[-1] if evaluated else {}
+
+    def _numbers(self, name: str) -> dict[str, Any]:
+        runs = [self._run(name, seed) for seed in range(self.seeds)]
+        lasts = [self._last(run) for run in runs]
+        walks = [last["eval/walk_acc_len"] for last in lasts]
+        over_answers = fmean(((last["eval/walk_acc_len_high"] - last["eval/walk_acc_len_low"]) / 3.92) ** 2 for last in lasts)
+        speeds = [line["perf/tokens_per_s"] for run in runs for line in read_metrics(run / "metrics.jsonl") if "perf/tokens_per_s" in line]
+        options = load_config(str(CONFIGS / f"{name}-embedded.yaml"), self._settings(name, 0)).method.options
+        return {
+            "draft_tokens": lasts[0]["eval/draft_tokens"],
+            "parameters": registered(name).load().count_parameters(options, TargetTables.read(TARGET), AUX_LAYER_IDS),
+            "walk": fmean(walks),
+            "half_interval": 1.96 * (over_answers + (variance(walks) if len(walks) > 1 else 0.0) / len(walks)) ** 0.5,
+            "walks": walks,
+            "survival": np.mean([last["eval/survival"] for last in lasts], 0).tolist(),
+            "domains": {domain: fmean(last[f"eval/{domain}/walk_acc_len"] for last in lasts) for domain in DOMAINS},
+            "ngram": lasts[0]["eval/ngram_walk_acc_len"],
+            "ngram_domains": {domain: lasts[0][f"eval/{domain}/ngram_walk_acc_len"] for domain in DOMAINS},
+            "train_tokens_per_s": median(speeds),
+        }
+
+    def _draft_seconds(self) -> dict[str, float]:
+        """Median of a round, one sequence at a time, greedy, one thread, all drafts decoding the same held-out answers in turns."""
+        torch.set_num_threads(1)
+        target, generator = Target.load(TARGET, "float32"), torch.Generator()
+        drafts = {name: read_draft(str(self._run(name, 0) / "latest"), TARGET, None) for name in INTERMEDIATE_SIZES}
+        clocks = {name: DraftClock(draft.drafter(target, None, generator)) for name, draft in drafts.items()}
+        for _ in range(TIMED_LAPS):
+            for row in read_rows(self.out / "heldout.jsonl")[:TIMED_PROMPTS]:
+                prompt_S = np.array(row.input_ids)[: np.argmax(np.array(row.loss_mask))]
+                for clock in clocks.values():
+                    Decoder(target, clock).decode([prompt_S], ANSWER_TOKENS)
+        return {name: median(clock.rounds_s) for name, clock in clocks.items()}
+
+
+def table(numbers: dict[str, Any]) -> str:
+    methods = numbers["methods"]
+    any_method = next(iter(methods.values()))
+    rows = [
+        [
+            name, f"{of['parameters'] / 1e6:.3f} M", f"{of['walk']:.3f} ± {of['half_interval']:.3f}",
+            " ".join(f"{share:.2f}" for share in of["survival"]), *(f"{of['domains'][domain]:.2f}" for domain in DOMAINS),
+            f"{of['train_tokens_per_s']:,.0f}", f"{of['draft_ms']:.2f}",
+        ]
+        for name, of in sorted(methods.items(), key=lambda item: -item[1]["walk"])
+    ]  # fmt: skip
+    ngram = [f"{any_method['ngram_domains'][domain]:.2f}" for domain in DOMAINS]
+    rows.append(["n-gram", "0", f"{any_method['ngram']:.3f}", "", *ngram, "", ""])
+    head = ["method", "parameters", "walk", "s_1 .. s_K", *DOMAINS, "training tokens/s", "draft ms a round"]
+    best = {column: max(rows, key=lambda row: float(row[column])) for column in range(4, 4 + len(DOMAINS))}
+    for column, row in best.items():
+        row[column] = f"**{row[column]}**"
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Train and measure every method on the embedded target.")
+    parser.add_argument("--out", type=Path, default=Path("runs/methods"))
+    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--rows", type=int, default=12000, help="prompts to train on")
+    given = parser.parse_args(argv)
+    numbers = Comparison(given.out, given.steps, given.seeds, given.rows).run()
+    print(table(numbers))
+    print(json.dumps(numbers))
+
+
+if __name__ == "__main__":
+    main()

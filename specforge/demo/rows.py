@@ -1,0 +1,27 @@
+"""Rows to train on and rows to measure on, from prompts out of Python sources and the target's own answers."""
+
+import json
+from pathlib import Path
+
+from specforge.demo.conversations import conversations
+from specforge.demo.corpus import Split
+
+
+def write_prompts(path: Path, train: int, heldout: int) -> None:
+    """`train` prompts, and `heldout` ones from packages of which the others know nothing; the split is the first part of an id."""
+    counts: tuple[tuple[Split, int], ...] = (("train", train), ("heldout", heldout))
+    with path.open("w") as file:
+        for split, count in counts:
+            for row in conversations(split, count):
+                row = {"id": f"{split}/{row['id']}", "domain": row["domain"], "conversations": row["conversations"]}
+                file.write(json.dumps(row) + "\n")
+
+
+def split_answers(answers: Path) -> tuple[int, int]:
+    """Write `train.jsonl` and `heldout.jsonl` beside the answers to such prompts, and say how many rows each has."""
+    rows: dict[str, list[str]] = {"train": [], "heldout": []}
+    for line in answers.read_text().splitlines():
+        rows[json.loads(line)["id"].split("/")[0]].append(line)
+    for split, lines in rows.items():
+        (answers.parent / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
+    return len(rows["train"]), len(rows["heldout"])
