@@ -6,4 +6,4 @@
 set -euo pipefail
 
 venv="$("$(dirname "${BASH_SOURCE[0]}")/setup.sh")"
-exec "$venv/bin/python" -m specforge.demo.methods_report "$@"
+exec "$venv/bin/python" -m specforge compare "$@"

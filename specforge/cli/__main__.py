@@ -20,6 +20,7 @@ COMMANDS = {
     "doctor": "say what this machine and a configuration lack for training",
     "bench": "speed and memory of a training step, as ratios within one run",
     "demo": "the whole story in minutes: embedded target, train, kill, resume, measure",
+    "compare": "every method on the embedded target: equal rows, steps and parameters, one table",
 }
 
 

@@ -1,6 +1,4 @@
-"""Every drafting method on the embedded target, side by side: equal rows, steps and parameters, several seeds.
-
-    python -m specforge.demo.methods_report [--out FOLDER] [--steps N] [--seeds N] [--rows N]
+"""`specforge compare`: every drafting method on the embedded target, with equal rows, steps and parameters and several seeds.
 
 The target answers prompts, each recipe `configs/*-embedded.yaml` is trained on the answers with each seed, two trainings at a time with
 one thread each, and then the drafts of the first seed decode in turns. What an earlier call has done is kept. The table is Markdown, the
@@ -11,7 +9,6 @@ and held-out answers drawn anew: half of it is 1.96 sqrt(v + w / S), v the mean 
 """
 
 import argparse
-import json
 import os
 import subprocess
 import sys
@@ -26,6 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from specforge import files
 from specforge.cli.demo import ANSWER_TOKENS, CALM, TARGET
 from specforge.cli.draft import read_draft
 from specforge.config import load_config
@@ -191,17 +189,14 @@ def table(numbers: dict[str, Any]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Train and measure every method on the embedded target.")
-    parser.add_argument("--out", type=Path, default=Path("runs/methods"))
-    parser.add_argument("--steps", type=int, default=2000)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--rows", type=int, default=12000, help="prompts to train on")
-    given = parser.parse_args(argv)
+def run(words: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="specforge compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("runs/methods"), help="folder of the trainings (default runs/methods)")
+    parser.add_argument("--steps", type=int, default=2000, help="of each training (default 2000)")
+    parser.add_argument("--seeds", type=int, default=3, help="trainings of each method (default 3)")
+    parser.add_argument("--rows", type=int, default=12000, help="prompts to train on (default 12000)")
+    given = parser.parse_args(words)
     numbers = Comparison(given.out, given.steps, given.seeds, given.rows).run()
     print(table(numbers))
-    print(json.dumps(numbers))
-
-
-if __name__ == "__main__":
-    main()
+    print(files.json_line(numbers))
+    return 0
