@@ -33,14 +33,14 @@ class Rounds:
         return int(self.histogram.sum())
 
     def numbers(self) -> dict[str, Any]:
-        """tokens_per_round; survival s_k, the share of rounds with at least k accepted; alpha_k = s_k / s_(k-1)."""
+        """survival: s_k, the share of rounds that accept at least k; alpha: s_k / s_(k-1), NaN where no round got so far."""
         at_least = np.cumsum(self.histogram[::-1])[::-1]
         return {
             "rounds": self.rounds,
             "tokens": self.tokens,
             "tokens_per_round": self.tokens / max(self.rounds, 1),
             "survival": (at_least[1:] / max(self.rounds, 1)).tolist(),
-            "alpha": np.divide(at_least[1:], at_least[:-1], out=np.zeros(len(at_least) - 1), where=at_least[:-1] > 0).tolist(),
+            "alpha": np.divide(at_least[1:], at_least[:-1], out=np.full(len(at_least) - 1, np.nan), where=at_least[:-1] > 0).tolist(),
             "histogram": self.histogram.tolist(),
         }
 
