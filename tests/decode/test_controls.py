@@ -63,7 +63,7 @@ kept 0.06 to 0.19, permuted layers 0.25 to 0.45, unshifted ids 0.23 to 0.34."""
 @pytest.fixture(scope="module")
 def method(answered_path: Path, answered: LocalFeatureStore) -> Eagle3:
     """Trained until it knows much of its ten conversations by heart: about one accepted draft a round."""
-    return train(make_method(answered_path, answered, draft_vocab_size=50), answered, steps=80)
+    return train(make_method(answered_path, answered, draft_vocab_size=50, loss_chunk_rows=512), answered, steps=80)
 
 
 def live(method: Eagle3, target: Target, store: LocalFeatureStore, aux_filter: AuxFilter = as_they_are, shift: int = 1) -> float:

@@ -44,7 +44,7 @@ def target(path: Path) -> Target:
 def method(path: Path) -> Eagle3:
     """A draft that knows six of the eight tokens."""
     store = make_store(path.parent / "store", path, make_answered(path))
-    return train(make_method(path, store, draft_vocab_size=6), store, steps=20)
+    return train(make_method(path, store, draft_vocab_size=6, loss_chunk_rows=512), store, steps=20)
 
 
 DRAFTERS: dict[str, Callable[[Eagle3, Sampling], Drafter]] = {
@@ -80,7 +80,7 @@ def p_values(decoder: Decoder, target: Target, sampling: Sampling, texts: int) -
 @pytest.mark.parametrize("kind", DRAFTERS)
 def test_texts_have_the_targets_distribution(kind: str, sampling: Sampling, target: Target, method: Eagle3) -> None:
     decoder = Decoder(target, DRAFTERS[kind](method, sampling), sampling=sampling, generator=torch.Generator().manual_seed(2))
-    values, tokens_a_round = p_values(decoder, target, sampling, texts=4000)
+    values, tokens_a_round = p_values(decoder, target, sampling, texts=2000)
     assert min(values) > 1e-3
     assert tokens_a_round > 1.05  # drafts were accepted
 

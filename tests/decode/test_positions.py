@@ -93,7 +93,7 @@ def test_a_learned_draft_beside_learned_positions(tmp_path: Path) -> None:
     sizes = {**GPT2, "vocab_size": tiny.VOCAB, "n_layer": 4}
     hf.GPT2LMHeadModel(hf.GPT2Config(**sizes, bos_token_id=1, eos_token_id=2)).save_pretrained(tmp_path / "target")
     store = tiny.make_store(tmp_path / "store", tmp_path / "target", tiny.make_samples([30, 12, 32, 25]))
-    method = tiny.train(tiny.make_method(tmp_path / "target", store, draft_tokens=4), store)
+    method = tiny.train(tiny.make_method(tmp_path / "target", store, draft_tokens=4, loss_chunk_rows=512), store)
     target, prompts = Target.load(tmp_path / "target", "float32"), [np.arange(3, 12), np.arange(5, 10)]
     limits = [POSITIONS - len(prompt) for prompt in prompts]
     expected = [plain_text(target, prompt, limit) for prompt, limit in zip(prompts, limits, strict=True)]

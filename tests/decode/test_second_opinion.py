@@ -85,8 +85,8 @@ def test_transformers_take_the_same_rounds(
     """Without end tokens, and with those at places 21 and 30 of the first two texts."""
     drafter: Drafter = NgramDrafter(draft_tokens)
     if kind != "ngram":
-        options = {"draft_tokens": draft_tokens, "draft_vocab_size": 50, "norm_output": draft_tokens == 3, "layers": 1 + draft_tokens // 6}
-        method = make_method(answered_path, answered, **options)
+        options = {"draft_vocab_size": 50, "norm_output": draft_tokens == 3, "layers": 1 + draft_tokens // 6, "loss_chunk_rows": 512}
+        method = make_method(answered_path, answered, draft_tokens=draft_tokens, **options)
         drafter = Eagle3Drafter(train(method, answered) if kind == "trained" else method, draft_tokens)
     for end_ids in (set(), {alone[0][21], alone[1][30]}):
         ours = Decoder(answered_target, drafter, end_ids=end_ids).decode(prompts, NEW_TOKENS)

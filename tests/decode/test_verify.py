@@ -280,7 +280,7 @@ def chi_square(counts: torch.Tensor, expected: torch.Tensor) -> float:
     ],
 )
 def test_texts_have_the_targets_distribution(propose: Callable, verify: Callable, sampling: Sampling) -> None:
-    probability, tokens_a_round = p_value(propose, verify, sampling, texts=100_000)
+    probability, tokens_a_round = p_value(propose, verify, sampling, texts=40_000)
     assert probability > 1e-3
     assert tokens_a_round > 1.2  # drafts were accepted
 
@@ -304,7 +304,7 @@ def test_wrong_verifiers_fail_the_same_test(propose: Callable, verify: Callable,
 def test_accepting_by_p_over_q_accepts_more_than_following_does() -> None:
     """Tokens of the first draft position by the formulas: 1 + sum min(p, q) and 1 + sum p q."""
     p_V, q_V = (FULL.probabilities(table[1]) for table in (TARGET_VV, DRAFT_VV))
-    anchor_B = torch.ones(100_000, dtype=torch.long)
+    anchor_B = torch.ones(40_000, dtype=torch.long)
     for verify, expected in ((accept_or_resample, torch.minimum(p_V, q_V).sum()), (follow_sampled, (p_V * q_V).sum())):
         verdict = sampled_chain(verify, anchor_B, FULL, rng(3))
         share = sum(len(path) > 1 for path in verdict.paths) / len(anchor_B)
