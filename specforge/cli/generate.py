@@ -1,7 +1,6 @@
 """`specforge generate --target FOLDER --draft RUN/best --prompt TEXT`: decode with a draft, and say what it brought."""
 
 import argparse
-import math
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -112,7 +111,7 @@ def _table(numbers: Mapping[str, Any]) -> str:
         lines.append(f"{'draft':<10}{'survival s_k':>14}{'alpha_k':>10}")
         positions = zip(numbers["survival"], numbers["alpha"], strict=True)
         for k, (survival, alpha) in enumerate(positions, 1):
-            lines.append(f"{k:<10}{survival:>14.3f}{'-' if math.isnan(alpha) else f'{alpha:.3f}':>10}")
+            lines.append(f"{k:<10}{survival:>14.3f}{'-' if alpha is None else f'{alpha:.3f}':>10}")
         counts = ", ".join(f"{accepted}: {rounds}" for accepted, rounds in enumerate(numbers["histogram"]))
         lines.append(f"rounds by accepted drafts  {counts}")
     if "costs" in numbers:

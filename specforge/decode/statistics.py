@@ -5,6 +5,7 @@ Shapes: K drafts of a round.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Self
 
 import numpy as np
@@ -33,14 +34,14 @@ class Rounds:
         return int(self.histogram.sum())
 
     def numbers(self) -> dict[str, Any]:
-        """survival: s_k, the share of rounds that accept at least k; alpha: s_k / s_(k-1), NaN where no round got so far."""
+        """survival: s_k, the share of rounds that accept at least k; alpha: s_k / s_(k-1), None where no round got so far."""
         at_least = np.cumsum(self.histogram[::-1])[::-1]
         return {
             "rounds": self.rounds,
             "tokens": self.tokens,
             "tokens_per_round": self.tokens / max(self.rounds, 1),
             "survival": (at_least[1:] / max(self.rounds, 1)).tolist(),
-            "alpha": np.divide(at_least[1:], at_least[:-1], out=np.full(len(at_least) - 1, np.nan), where=at_least[:-1] > 0).tolist(),
+            "alpha": [int(this) / int(before) if before else None for before, this in pairwise(at_least)],
             "histogram": self.histogram.tolist(),
         }
 

@@ -31,17 +31,17 @@ def aux_layer_ids(num_layers: int, requested: Sequence[int] = ()) -> tuple[int, 
     Default: (2, n//2, n-3), the engines' own; targets of 4 to 6 layers: (1, ceil(n/2), n-1); fewer: every layer.
 
     Raises:
-        ConfigError: a requested id is outside 0..n or given twice.
+        ConfigError: a requested id is outside 0..n-1 or given twice; the last layer's output is what no engine hands to a draft.
     """
     n = num_layers
     if not requested:
         if n >= 7:
             return (2, n // 2, n - 3)
         return (1, (n + 1) // 2, n - 1) if n >= 4 else tuple(range(1, n + 1))
-    if len(set(requested)) < len(requested) or min(requested) < 0 or max(requested) > n:
+    if len(set(requested)) < len(requested) or min(requested) < 0 or max(requested) >= n:
         raise ConfigError(
-            f"model.aux_layer_ids={list(requested)}: must be different indices from 0 (embeddings) to {n}, the target's number of layers; "
-            f"leave it empty for {list(aux_layer_ids(n))}."
+            f"model.aux_layer_ids={list(requested)}: must be different indices from 0 (embeddings) to {n - 1}, below the target's last "
+            f"layer, whose output no serving engine hands to a draft; leave it empty for {list(aux_layer_ids(n))}."
         )
     return tuple(sorted(requested))
 

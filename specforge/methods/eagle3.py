@@ -24,6 +24,7 @@ from torch.nn import functional as F
 
 from specforge.config.methods import Eagle3Options
 from specforge.data.vocabulary import DraftVocabulary
+from specforge.errors import CheckpointError
 from specforge.features.batch import DraftBatch
 from specforge.features.source import FeatureStore
 from specforge.features.tables import TargetTables
@@ -153,6 +154,11 @@ class Eagle3(nn.Module):
         config = cls.draft_type.config_type.read(folder)
         tensors = read_draft_tensors(folder, ("d2t", "t2d"))
         vocabulary = DraftVocabulary.from_tables(tensors["d2t"].numpy(), tensors["t2d"].numpy())
+        if (len(vocabulary.kept), vocabulary.target_size) != (config.draft_vocab_size, config.vocab_size):
+            raise CheckpointError(
+                f"draft in {folder}: its tables map {len(vocabulary.kept)} ids to {vocabulary.target_size}, but config.json says "
+                f"draft_vocab_size={config.draft_vocab_size} and vocab_size={config.vocab_size}; take another checkpoint."
+            )
         cls.config_of(options, tables, config.aux_layer_ids, config.draft_vocab_size).require_in(folder, config)
         return cls(options, cls.draft_type(config, vocabulary), tables)
 

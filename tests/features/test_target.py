@@ -59,9 +59,9 @@ def test_default_layers(num_layers: int, ids: tuple[int, ...]) -> None:
 
 
 def test_requested_layers_are_checked_and_sorted() -> None:
-    assert aux_layer_ids(4, (4, 0, 2)) == (0, 2, 4)
-    for wrong in [(1, 5), (-1, 2), (2, 2, 3)]:
-        with pytest.raises(ConfigError, match=r"model.aux_layer_ids=.*from 0 \(embeddings\) to 4"):
+    assert aux_layer_ids(4, (3, 0, 2)) == (0, 2, 3)
+    for wrong in [(1, 5), (1, 4), (-1, 2), (2, 2, 3)]:
+        with pytest.raises(ConfigError, match=r"model.aux_layer_ids=.*from 0 \(embeddings\) to 3, below the target's last layer"):
             aux_layer_ids(4, wrong)
 
 

@@ -2,12 +2,19 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch.nn import functional as F
 
+from specforge import files
+from specforge.config.methods import Eagle3Options
+from specforge.data.vocabulary import DraftVocabulary
+from specforge.errors import CheckpointError
 from specforge.features.batch import DraftBatch
 from specforge.features.store import LocalFeatureStore, SampleFeatures
+from specforge.features.tables import TargetTables
 from specforge.methods.base import StepOutput
 from specforge.methods.eagle3 import Eagle3
 from tests.tiny import make_method
@@ -163,3 +170,14 @@ def test_block_sparse_attention_gives_the_same_evaluation(target_path: Path, sto
         expected, got = (method(batch, method.plan(batch)) for method in (plain, flex))
     torch.testing.assert_close(got.loss_sum, expected.loss_sum, rtol=1e-5, atol=0)
     assert torch.equal(got.proposals_TK, expected.proposals_TK)
+
+
+def test_a_vocabulary_that_does_not_fit_is_refused(target_path: Path, store: LocalFeatureStore, tmp_path: Path) -> None:
+    tables = TargetTables.read(target_path)
+    method = Eagle3.build(Eagle3Options(draft_vocab_size=50), tables, store, 0)
+    files.write_json(tmp_path / "config.json", method.config_dict())
+    for kept, size in ((40, tables.config.vocab_size), (50, tables.config.vocab_size + 1)):
+        foreign = DraftVocabulary(np.arange(kept), size)
+        save_file({"d2t": torch.from_numpy(foreign.d2t), "t2d": torch.from_numpy(foreign.t2d)}, tmp_path / "model.safetensors")
+        with pytest.raises(CheckpointError, match=f"its tables map {kept} ids to {size}, but config.json says draft_vocab_size=50"):
+            Eagle3.read(method.options, tables, tmp_path)
