@@ -158,6 +158,7 @@ def full_disk(world: World, folder: Path, target_path: Path, features: Path) -> 
     save = controller.checkpoints.save
 
     def limited(state: TrainState, *rest: Any) -> None:
+        controller.checkpoints.wait()
         if state.step == 4 and world.rank == 1:
             resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
         save(state, *rest)
@@ -177,9 +178,34 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path: Path, target_path: P
     assert step == 5, "at the first step after the failure, not at the next save"
     assert "r-step4 was not saved: rank 1: " in first and "File too large" in first
     assert "Earlier checkpoints are untouched; make room" in first and f"train.resume_from={tmp_path}/latest" in first
-    assert newest(tmp_path) == find_checkpoints(tmp_path)[-1]
+    stand = newest(tmp_path)
+    assert stand is not None and stand.step == 2
     assert "r-step2" in contents(tmp_path)
     assert not list(tmp_path.glob(".r-step*")), "nothing of the attempt stays"
+
+
+def one_name_taken(world: World, folder: Path, target_path: Path, features: Path) -> str:
+    """Rank 1 alone cannot write its random state, after all have written their tensors."""
+    controller = controller_for(world, folder, target_path, features)
+    snapshot = controller.checkpoints._snapshot
+    write = snapshot.write
+
+    def taken(staged: Path, writers: World) -> str | None:
+        if writers.rank == 1:
+            (staged / "rng-rank1.json").mkdir()
+        return write(staged, writers)
+
+    snapshot.write = taken  # type: ignore[method-assign]
+    with pytest.raises(CheckpointError) as failure:
+        controller.fit()
+    return str(failure.value)
+
+
+def test_what_one_rank_cannot_write_is_published_by_none(tmp_path: Path, target_path: Path, store: LocalFeatureStore) -> None:
+    first, second = run_ranks(one_name_taken, tmp_path, target_path, store.folder, world=2)
+    assert first == second
+    assert "r-step0 was not saved: rank 1: " in first and "rng-rank1.json" in first
+    assert not find_checkpoints(tmp_path)
 
 
 def without_rights(world: World, folder: Path, target_path: Path, features: Path) -> str:
