@@ -195,7 +195,7 @@ def one_name_taken(world: World, folder: Path, target_path: Path, features: Path
             (staged / "rng-rank1.json").mkdir()
         return write(staged, writers)
 
-    snapshot.write = taken  # type: ignore[method-assign]
+    snapshot.write = taken  # type: ignore[method-assign, assignment]
     with pytest.raises(CheckpointError) as failure:
         controller.fit()
     return str(failure.value)
