@@ -107,7 +107,7 @@ class Comparison:
             "model.aux_layer_ids": list(AUX_LAYER_IDS), "features.cache_dir": self.out / "features",
             "method.options.intermediate_size": INTERMEDIATE_SIZES[name],
             "data.train_path": self.out / "train.jsonl", "data.eval_path": self.out / "heldout.jsonl",
-            "train.steps": self.steps, "train.eval_every": self.steps // 4, "train.save_every": self.steps // 4,
+            "train.steps": self.steps, "train.eval_every": max(self.steps // 4, 1), "train.save_every": max(self.steps // 4, 1),
         }  # fmt: skip
         return [f"{key}={value}" for key, value in settings.items()]
 

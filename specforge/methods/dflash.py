@@ -245,6 +245,6 @@ def derive_config(options: BlockOptions, tables: TargetTables, aux_layer_ids: tu
         aux_layer_ids,
         block_size=options.block_size,
         mask_token_id=mask_token_id,
-        layer_types=options.layer_types or (FULL,) * options.layers,
+        layer_types=tuple(options.layer_types) or (FULL,) * options.layers,
         sliding_window=options.sliding_window,
     )

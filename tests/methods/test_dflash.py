@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 import torch
 
+from specforge import files
+from specforge.config import load_config
 from specforge.config.methods import DFlashOptions
 from specforge.distributed import World
 from specforge.errors import ConfigError, SpecForgeError
@@ -122,6 +124,17 @@ def test_a_batch_without_a_start_weighs_nothing_and_still_has_gradients(target_p
 def test_what_does_not_fit_is_refused_by_name(options: dict[str, Any], message: str, target_path: Path, store: LocalFeatureStore) -> None:
     with pytest.raises(SpecForgeError, match=message):
         make_dflash(target_path, store, **options)
+
+
+def test_layer_types_out_of_a_configuration(target_path: Path, store: LocalFeatureStore, tmp_path: Path) -> None:
+    """YAML and JSON have lists where the options say tuple."""
+    recipe = Path(__file__).parents[2] / "configs" / "dflash-embedded.yaml"
+    options = load_config(recipe, ["method.options.mask_token_id=-1"]).method.options
+    assert len(options.layer_types) == 2
+    tables = TargetTables.read(target_path)
+    method = DFlash.build(options, tables, store, 0)
+    files.write_json(tmp_path / "config.json", method.config_dict())
+    assert DFlash.read(options, tables, tmp_path).draft.config == method.draft.config
 
 
 @pytest.mark.parametrize("layers", [(0, 1, 2), (1, 2, 4), (1, 2, 5)])
