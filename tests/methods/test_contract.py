@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from specforge.features.target import Target
 from specforge.methods.base import Moment
 from specforge.training.backend import FSDPTrainingBackend
 from tests.ranks import run_ranks
+from tests.training.test_resume import controller_for, fingerprint, same, truncate_after
 from tests.training.test_steps import assert_equal, whole
 
 TINY = {
@@ -40,10 +42,10 @@ MOMENT = Moment(seed=0, step=5, total_steps=10)
 each_method = pytest.mark.parametrize("name", METHODS)
 
 
-def make(name: str, target_path: Path, store: LocalFeatureStore, seed: int = 0) -> Any:
+def make(name: str, target_path: Path, store: LocalFeatureStore, seed: int = 0, **others: Any) -> Any:
     options = METHODS[name].options
     known = {field.name for field in fields(options)}
-    chosen = options(**{key: value for key, value in TINY.items() if key in known})
+    chosen = options(**{key: value for key, value in TINY.items() if key in known}, **others)
     return METHODS[name].load().build(chosen, TargetTables.read(target_path), store, seed)
 
 
@@ -74,11 +76,11 @@ def learned(answered_path: Path, answered: LocalFeatureStore) -> Callable[[str],
     return of
 
 
-def train(world: World, name: str, target_path: Path, folder: Path, micro_batch_tokens: int) -> dict[str, torch.Tensor]:
+def train(world: World, name: str, target_path: Path, folder: Path, micro_batch_tokens: int, **others: Any) -> dict[str, torch.Tensor]:
     """Parameters after a few clipped steps, and the norms before clipping."""
     store = LocalFeatureStore(folder)
     config = TrainConfig(batch_samples=4, learning_rate=1e-2, clip_norm=0.1, micro_batch_tokens=micro_batch_tokens)
-    method = make(name, target_path, store)
+    method = make(name, target_path, store, **others)
     backend = FSDPTrainingBackend(method, config, replace(world, local_rank=world.rank, local_size=world.size))
     data = FeatureDataLoader(store, 0, config.batch_samples, config.micro_batch_tokens, STEPS * config.batch_samples, world)
     norms = []
@@ -159,6 +161,20 @@ def test_a_stored_draft_is_the_same_draft(name: str, target_path: Path, store: L
     with torch.no_grad():
         left, right = (each(batch, each.plan(batch)) for each in (method, again))
     assert torch.equal(left.loss_sum, right.loss_sum) and torch.equal(left.proposals_TK, right.proposals_TK)
+
+
+@each_method
+def test_resumed_equals_uninterrupted(name: str, target_path: Path, store: LocalFeatureStore, tmp_path: Path) -> None:
+    """Bit by bit, planned for in the loader's thread, from step 2 on."""
+
+    def run(resume: str = "") -> dict[str, torch.Tensor]:
+        controller = controller_for(World(), tmp_path, target_path, store.folder, resume, make=partial(make, name))
+        controller.fit()
+        return fingerprint(controller)
+
+    expected = run()
+    truncate_after(tmp_path, 2)
+    assert same([run("latest")], [expected])
 
 
 @each_method

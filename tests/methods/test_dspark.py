@@ -1,5 +1,6 @@
 """DSpark against a slow form in float64."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -7,13 +8,17 @@ import pytest
 import torch
 
 from specforge.config.methods import DSparkOptions
+from specforge.distributed import World
 from specforge.errors import ConfigError
 from specforge.features.batch import DraftBatch
 from specforge.features.store import LocalFeatureStore, SampleFeatures
 from specforge.features.tables import TargetTables
 from specforge.methods.base import Moment
 from specforge.methods.dspark import DSpark
+from tests.methods.test_contract import train
+from tests.ranks import run_ranks
 from tests.slow_blocks import assert_equals_slow_form, ragged, sharpen, slow_decay, slow_outputs, target_logits
+from tests.training.test_steps import assert_equal
 
 HEADS = ["vanilla", "gated", "rnn"]
 MOMENT = Moment(seed=3, step=7, total_steps=10)
@@ -72,6 +77,14 @@ def test_blocks_equal_the_slow_form(head: str, moment: Moment | None, target_pat
     output = assert_equals_slow_form(method, store, moment, slow_block)
     got_N = output.confidences_TK[output.proposals_TK >= 0]
     torch.testing.assert_close(got_N, torch.tensor(confidences), rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("head", HEADS[1:])
+def test_two_ranks_learn_the_same(head: str, target_path: Path, store: LocalFeatureStore) -> None:
+    """As the contract of all methods holds the first head to."""
+    expected = train(World(), "dspark", target_path, store.folder, 40, markov_head=head)
+    for rank_result in run_ranks(partial(train, markov_head=head), "dspark", target_path, store.folder, 64, world=2):
+        assert_equal(rank_result, expected)
 
 
 def test_the_bias_costs_the_confidence_nothing(target_path: Path, store: LocalFeatureStore) -> None:

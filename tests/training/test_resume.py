@@ -3,6 +3,7 @@
 import json
 import random
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from specforge.errors import CheckpointError, ConfigError, NonFiniteError
 from specforge.features.loader import FeatureDataLoader
 from specforge.features.store import LocalFeatureStore
 from specforge.log.run_log import RunLog
+from specforge.methods.base import Moment
 from specforge.training.backend import FSDPTrainingBackend
 from specforge.training.checkpoint import CheckpointManager
 from specforge.training.controller import TrainerController
@@ -52,11 +54,12 @@ def controller_for(
     skip: int = 0,
     config: TrainConfig = CONFIG,
     metric: str = "",
+    make: Callable[[Path, LocalFeatureStore], Any] = make_method,
 ) -> TrainerController:
     """`skip` is a mutation: it moves the data position of a resumed run."""
     randomness.seed_all(0, world.rank)
     store = LocalFeatureStore(folder)
-    method = make_method(target_path, store)
+    method = make(target_path, store)
     backend = FSDPTrainingBackend(method, config, world)
     checkpoints = CheckpointManager(run, world, keep=0, best_metric=metric)
     state = TrainState("r")
@@ -66,7 +69,10 @@ def controller_for(
     box: list[TrainerController] = []
     controller = TrainerController(
         config=config, total_steps=STEPS, method=method, backend=backend,
-        data=FeatureDataLoader(store, 0, BATCH, config.micro_batch_tokens, STEPS * BATCH, world),
+        data=FeatureDataLoader(
+            store, 0, BATCH, config.micro_batch_tokens, STEPS * BATCH, world,
+            plan=lambda batch, step: method.plan(batch, Moment(0, step, STEPS)),
+        ),
         checkpoints=checkpoints, log=RunLog(run, world), world=world, state=state, settings={},
         evaluate=lambda: drawing_scores(box[0].state.step),
     )  # fmt: skip
