@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from specforge import files
-from specforge.config import load_config
 from specforge.config.methods import DFlashOptions
 from specforge.distributed import World
 from specforge.errors import ConfigError, SpecForgeError
@@ -126,11 +125,9 @@ def test_what_does_not_fit_is_refused_by_name(options: dict[str, Any], message: 
         make_dflash(target_path, store, **options)
 
 
-def test_layer_types_out_of_a_configuration(target_path: Path, store: LocalFeatureStore, tmp_path: Path) -> None:
-    """YAML and JSON have lists where the options say tuple."""
-    recipe = Path(__file__).parents[2] / "configs" / "dflash-embedded.yaml"
-    options = load_config(recipe, ["method.options.mask_token_id=-1"]).method.options
-    assert len(options.layer_types) == 2
+def test_layer_types_out_of_a_stored_run(target_path: Path, store: LocalFeatureStore, tmp_path: Path) -> None:
+    """JSON has lists where options and shapes say tuple."""
+    options = DFlashOptions(**{**SLIDING, "layer_types": list(SLIDING["layer_types"])})
     tables = TargetTables.read(target_path)
     method = DFlash.build(options, tables, store, 0)
     files.write_json(tmp_path / "config.json", method.config_dict())
