@@ -43,7 +43,7 @@ INTERMEDIATE_SIZES = {"eagle3": 1112, "peagle": 468, "dflash": 864, "domino": 51
 AUX_LAYER_IDS = (1, 2, 3)
 HELDOUT = 260
 DOMAINS = ("complete", "docstring", "literal", "prose")
-TIMED_PROMPTS, TIMED_LAPS = 8, 3
+TIMED_PROMPTS, TIMED_LAPS = 4, 2
 
 
 class DraftClock:

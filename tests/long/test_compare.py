@@ -16,7 +16,7 @@ pytestmark = pytest.mark.long
 
 
 def compare(out: Path) -> tuple[str, dict[str, dict[str, float]]]:
-    command = [SCRIPT, "--out", out, "--steps", "4", "--rows", "40", "--seeds", "1"]
+    command = [SCRIPT, "--out", out, "--steps", "2", "--rows", "40", "--seeds", "1"]
     done = subprocess.run(command, env={**os.environ, "SPECFORGE_VENV": sys.prefix}, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     *text, last = done.stdout.splitlines()
