@@ -17,12 +17,17 @@ from specforge.decode.drafter import Proposal
 from specforge.decode.eagle3 import Eagle3Drafter
 from specforge.decode.sampling import Sampling
 from specforge.decode.tree import Tree
+from specforge.errors import ConfigError
 from specforge.methods.peagle import PEagle
 
 
 class PEagleDrafter(Eagle3Drafter):
     """As `Eagle3Drafter`, except that all K tokens are drafted however few `adaptive` proposes, and that committed rows wait for
-    `propose`, to share a forward with the mask rows."""
+    `propose`, to share a forward with the mask rows.
+
+    Raises:
+        ConfigError: besides, the draft was trained for fewer depths.
+    """
 
     def __init__(
         self,
@@ -32,6 +37,10 @@ class PEagleDrafter(Eagle3Drafter):
         generator: torch.Generator | None = None,
         adaptive: AdaptiveLength | None = None,
     ) -> None:
+        if draft_tokens > method.draft_tokens:
+            raise ConfigError(
+                f"draft tokens {draft_tokens}: this draft was trained for {method.draft_tokens} depths; ask for at most that many."
+            )
         super().__init__(method, draft_tokens, sampling, generator, adaptive)
         self._spare_slots = 2 * draft_tokens  # mask rows, and those by which other sequences are longer
         self._mask_token_id = method.draft.config.mask_token_id
