@@ -1,8 +1,8 @@
 """`specforge compare`: every drafting method on the embedded target, with equal rows, steps and parameters and several seeds.
 
 The target answers prompts, each recipe `configs/*-embedded.yaml` is trained on the answers with each seed, two trainings at a time with
-one thread each, and then the drafts of the first seed decode in turns. What an earlier call has done is kept. The table is Markdown, the
-last line JSON.
+one thread each. Then, nothing beside it, each method trains a few steps more for its speed, in turns, and the drafts of the first seed
+decode in turns. What an earlier call has trained is kept. The table is Markdown, the last line JSON.
 
 Walks are those of all K drafts after the last step (docs/evaluation.md). The interval holds the mean over seeds with 95 %, were seeds
 and held-out answers drawn anew: half of it is 1.96 sqrt(v + w / S), v the mean variance over answers, w that over S seeds.
@@ -12,6 +12,7 @@ import argparse
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -32,7 +33,7 @@ from specforge.data.conversations import read_rows
 from specforge.decode.drafter import Drafter, Proposal
 from specforge.decode.engine import Decoder
 from specforge.demo.rows import split_answers, write_prompts
-from specforge.errors import SpecForgeError
+from specforge.errors import ConfigError, SpecForgeError
 from specforge.features.tables import TargetTables
 from specforge.features.target import Target
 from specforge.log.run_log import read_metrics
@@ -43,7 +44,7 @@ INTERMEDIATE_SIZES = {"eagle3": 1112, "peagle": 468, "dflash": 864, "domino": 51
 AUX_LAYER_IDS = (1, 2, 3)
 HELDOUT = 260
 DOMAINS = ("complete", "docstring", "literal", "prose")
-TIMED_PROMPTS, TIMED_LAPS = 4, 2
+TIMED_PROMPTS, TIMED_STEPS, TIMED_LAPS = 4, 60, 2
 
 
 class DraftClock:
@@ -78,20 +79,34 @@ class Comparison:
 
     def run(self) -> dict[str, Any]:
         """The numbers of the JSON line."""
+        self._claim()
         self._make_rows()
-        jobs = list(product(INTERMEDIATE_SIZES, range(self.seeds)))
+        jobs = [(name, seed) for seed, name in product(range(self.seeds), INTERMEDIATE_SIZES)]
         self._train(*jobs[0])  # captures the features, which the others find in the cache
         with ThreadPoolExecutor(max_workers=2) as both:
             list(both.map(lambda job: self._train(*job), jobs[1:]))
         numbers = {name: self._numbers(name) for name in INTERMEDIATE_SIZES}
+        for name, tokens_per_s in self._training_speeds().items():
+            numbers[name]["train_tokens_per_s"] = tokens_per_s
         for name, seconds in self._draft_seconds().items():
             numbers[name]["draft_ms"] = 1e3 * seconds
         return {"steps": self.steps, "seeds": self.seeds, "rows": self.rows, "methods": numbers}
 
+    def _claim(self) -> None:
+        """A folder holds trainings of one length on one number of rows."""
+        asked, note = {"steps": self.steps, "rows": self.rows}, self.out / "comparison.json"
+        if not note.exists():
+            self.out.mkdir(parents=True, exist_ok=True)
+            files.write_text(note, files.json_line(asked))
+        elif (stored := files.read_json(note)) != asked:
+            raise ConfigError(
+                f"--out {self.out}: holds trainings of {files.shown(stored)}, asked for are {asked}; "
+                "ask for the same, or choose another folder."
+            )
+
     def _make_rows(self) -> None:
         if (self.out / "heldout.jsonl").exists():
             return
-        self.out.mkdir(parents=True, exist_ok=True)
         prompts, answers = self.out / "prompts.jsonl", self.out / "answers.jsonl"
         write_prompts(prompts, self.rows, HELDOUT)
         self._specforge(
@@ -100,8 +115,7 @@ class Comparison:
         )  # fmt: skip
         split_answers(answers)
 
-    def _settings(self, name: str, seed: int) -> list[str]:
-        run = self._run(name, seed)
+    def _settings(self, name: str, seed: int, run: Path) -> list[str]:
         settings = {
             "run_id": run.name, "output_dir": run, "seed": seed, "model.target_path": TARGET,
             "model.aux_layer_ids": list(AUX_LAYER_IDS), "features.cache_dir": self.out / "features",
@@ -119,8 +133,7 @@ class Comparison:
         if self._last(run).get("step") == self.steps:
             return
         resume = [f"train.resume_from={run / 'latest'}"] if (run / "latest").exists() else []
-        recipe = str(CONFIGS / f"{name}-embedded.yaml")
-        self._specforge("train", recipe, *self._settings(name, seed), *resume, log=f"{run.name}.log")
+        self._specforge("train", str(recipe(name)), *self._settings(name, seed, run), *resume, log=f"{run.name}.log")
         print(f"{run.name}: walk {self._last(run)['eval/walk_acc_len']:.3f}", flush=True)
 
     def _specforge(self, *words: str, log: str) -> None:
@@ -139,8 +152,7 @@ class Comparison:
         lasts = [self._last(run) for run in runs]
         walks = [last["eval/walk_acc_len"] for last in lasts]
         over_answers = fmean(((last["eval/walk_acc_len_high"] - last["eval/walk_acc_len_low"]) / 3.92) ** 2 for last in lasts)
-        speeds = [line["perf/tokens_per_s"] for run in runs for line in read_metrics(run / "metrics.jsonl") if "perf/tokens_per_s" in line]
-        options = load_config(str(CONFIGS / f"{name}-embedded.yaml"), self._settings(name, 0)).method.options
+        options = load_config(recipe(name), self._settings(name, 0, runs[0])).method.options
         return {
             "draft_tokens": lasts[0]["eval/draft_tokens"],
             "parameters": registered(name).load().count_parameters(options, TargetTables.read(TARGET), AUX_LAYER_IDS),
@@ -151,8 +163,20 @@ class Comparison:
             "domains": {domain: fmean(last[f"eval/{domain}/walk_acc_len"] for last in lasts) for domain in DOMAINS},
             "ngram": lasts[0]["eval/ngram_walk_acc_len"],
             "ngram_domains": {domain: lasts[0][f"eval/{domain}/ngram_walk_acc_len"] for domain in DOMAINS},
-            "train_tokens_per_s": median(speeds),
         }
+
+    def _training_speeds(self) -> dict[str, float]:
+        """Median of the training tokens of a second, one thread; the first interval, which warms up, does not count."""
+        steps = min(TIMED_STEPS, self.steps)
+        few = [f"train.steps={steps}", f"train.log_every={max(steps // 6, 1)}", "train.eval_every=0", "train.save_every=0"]
+        speeds: dict[str, list[float]] = {name: [] for name in INTERMEDIATE_SIZES}
+        for _, (name, of_name) in product(range(TIMED_LAPS), speeds.items()):
+            with tempfile.TemporaryDirectory(dir=self.out) as folder:
+                run = Path(folder) / name
+                self._specforge("train", str(recipe(name)), *self._settings(name, 0, run), *few, log="speed.log")
+                measured = [line["perf/tokens_per_s"] for line in read_metrics(run / "metrics.jsonl") if "perf/tokens_per_s" in line]
+            of_name.extend(measured[1:])
+        return {name: median(of_name) for name, of_name in speeds.items()}
 
     def _draft_seconds(self) -> dict[str, float]:
         """Median of a round, one sequence at a time, greedy, one thread, all drafts decoding the same held-out answers in turns."""
@@ -166,6 +190,10 @@ class Comparison:
                 for clock in clocks.values():
                     Decoder(target, clock).decode([prompt_S], ANSWER_TOKENS)
         return {name: median(clock.rounds_s) for name, clock in clocks.items()}
+
+
+def recipe(name: str) -> Path:
+    return CONFIGS / f"{name}-embedded.yaml"
 
 
 def table(numbers: dict[str, Any]) -> str:
@@ -196,6 +224,9 @@ def run(words: Sequence[str]) -> int:
     parser.add_argument("--seeds", type=int, default=3, help="trainings of each method (default 3)")
     parser.add_argument("--rows", type=int, default=12000, help="prompts to train on (default 12000)")
     given = parser.parse_args(words)
+    for name, least in (("steps", 2), ("seeds", 1), ("rows", 1)):
+        if getattr(given, name) < least:
+            raise ConfigError(f"--{name} {getattr(given, name)}: must be at least {least}; give a larger number.")
     numbers = Comparison(given.out, given.steps, given.seeds, given.rows).run()
     print(table(numbers))
     print(files.json_line(numbers))

@@ -13,7 +13,7 @@ from specforge import files
 from specforge.config.methods import registered
 from specforge.decode.adaptive import AdaptiveLength
 from specforge.decode.costs import measure_costs, measured_tokens
-from specforge.decode.drafter import Drafter, NgramDrafter, NoDrafter
+from specforge.decode.drafter import Drafter, NgramDrafter, NoDrafter, require_trained_for
 from specforge.decode.sampling import Sampling
 from specforge.decode.tree import TreeShape
 from specforge.distributed import World
@@ -93,7 +93,7 @@ def read_draft(
         tree: draft trees of this shape; `draft_tokens` says nothing then.
 
     Raises:
-        ConfigError: `draft_tokens` or `tree` is not what such a draft can do.
+        ConfigError: `draft_tokens` or `tree` is not what such a draft can do, or longer than it can.
         CheckpointError: there is no such checkpoint, or it does not fit the target, or was trained with another one.
     """
     if draft_tokens is not None and (draft_tokens < 1 or name == "none"):
@@ -119,6 +119,7 @@ def read_draft(
     method = known.load().read(options, TargetTables.read(target_path), folder)
     read_tensors(folder, method.draft.state_dict(), world)
     longest = tree.depth if tree else draft_tokens or method.draft_tokens
+    require_trained_for(method, longest)
     return Draft(str(checkpoint.path), longest, method.eval(), method_name, tree)
 
 

@@ -13,7 +13,7 @@ import torch
 from torch.nn import functional as F
 
 from specforge.decode.adaptive import AdaptiveLength
-from specforge.decode.drafter import Proposal
+from specforge.decode.drafter import Proposal, require_trained_for
 from specforge.decode.sampling import Sampling
 from specforge.decode.tree import Tree
 from specforge.errors import ConfigError
@@ -43,8 +43,7 @@ class BlockDrafter:
         generator: torch.Generator | None = None,
         adaptive: AdaptiveLength | None = None,
     ) -> None:
-        if draft_tokens > method.draft_tokens:
-            raise ConfigError(f"draft tokens {draft_tokens}: a block of this draft holds {method.draft_tokens}; ask for at most that many.")
+        require_trained_for(method, draft_tokens)
         if sampling is not None and adaptive is not None:
             raise ConfigError(
                 "adaptive draft length: is calibrated for arg-max drafts; draft greedily, or sample a fixed number of drafts."

@@ -12,6 +12,8 @@ import torch
 
 from specforge.decode.ngram import NO_PROPOSAL, propose
 from specforge.decode.tree import Tree
+from specforge.errors import ConfigError
+from specforge.methods.base import Method
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,14 @@ class Drafter(Protocol):
         ...
 
     def propose(self) -> Proposal: ...
+
+
+def require_trained_for(method: Method, draft_tokens: int) -> None:
+    """Raises ConfigError where a block, or the depths, of a draft are fewer than the tokens asked for."""
+    if draft_tokens > method.draft_tokens and not method.drafts_longer:
+        raise ConfigError(
+            f"--draft-tokens {draft_tokens}: this draft was trained for {method.draft_tokens} and cannot draft more; ask for fewer."
+        )
 
 
 class NoDrafter:

@@ -13,11 +13,10 @@ import torch
 from torch.nn import functional as F
 
 from specforge.decode.adaptive import AdaptiveLength
-from specforge.decode.drafter import Proposal
+from specforge.decode.drafter import Proposal, require_trained_for
 from specforge.decode.eagle3 import Eagle3Drafter
 from specforge.decode.sampling import Sampling
 from specforge.decode.tree import Tree
-from specforge.errors import ConfigError
 from specforge.methods.peagle import PEagle
 
 
@@ -37,10 +36,7 @@ class PEagleDrafter(Eagle3Drafter):
         generator: torch.Generator | None = None,
         adaptive: AdaptiveLength | None = None,
     ) -> None:
-        if draft_tokens > method.draft_tokens:
-            raise ConfigError(
-                f"draft tokens {draft_tokens}: this draft was trained for {method.draft_tokens} depths; ask for at most that many."
-            )
+        require_trained_for(method, draft_tokens)
         super().__init__(method, draft_tokens, sampling, generator, adaptive)
         self._spare_slots = 2 * draft_tokens  # mask rows, and those by which other sequences are longer
         self._mask_token_id = method.draft.config.mask_token_id

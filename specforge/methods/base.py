@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, Self
+from typing import Any, ClassVar, NamedTuple, Protocol, Self
 
 import torch
 
@@ -68,6 +68,8 @@ class Method(Protocol):
 
     draft_tokens: int
     """K: how many tokens the method drafts from one start."""
+    drafts_longer: ClassVar[bool]
+    """Whether a decoder may ask for more than K, which repeats the last step."""
 
     @classmethod
     def build(cls, options: Any, tables: TargetTables, store: FeatureStore, seed: int) -> Self: ...

@@ -99,6 +99,7 @@ class DFlash(nn.Module):
 
     embedding_VH: torch.Tensor
     head_VH: torch.Tensor
+    drafts_longer: ClassVar[bool] = False
     first_draft_row: ClassVar[int] = 1
     """The row of a block that predicts draft 1; row 0 is the anchor's."""
     draft_type: ClassVar[type[DFlashDraft]] = DFlashDraft

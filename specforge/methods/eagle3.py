@@ -117,6 +117,7 @@ class Eagle3(nn.Module):
     embedding_VH: torch.Tensor
     teacher_head_DH: torch.Tensor
     to_draft_V: torch.Tensor
+    drafts_longer: ClassVar[bool] = True
     draft_type: ClassVar[type[Eagle3Draft]] = Eagle3Draft
 
     def __init__(self, options: Eagle3Options, draft: Eagle3Draft, tables: TargetTables) -> None:

@@ -41,6 +41,7 @@ def thinned_out(batch: DraftBatch, supervised_JT: np.ndarray, share_J: np.ndarra
 class PEagle(Eagle3):
     options: PEagleOptions
     draft: PEagleDraft
+    drafts_longer = False
     draft_type = PEagleDraft
 
     @classmethod

@@ -13,12 +13,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from specforge import files
 from specforge.cli.__main__ import main
+from specforge.cli.compose import build_controller
 from specforge.cli.contest import Contest, Turn, numbers_of, read_prompts
 from specforge.cli.draft import Draft
 from specforge.cli.streaming import Detokeniser, Printer
+from specforge.config import load_config
 from specforge.data.conversations import read_rows
 from specforge.decode.engine import Decoded
 from specforge.decode.sampling import Sampling
+from specforge.distributed import World
 from specforge.features.target import Target
 from tests.texts import make_text_target, write_rows
 
@@ -244,6 +247,18 @@ def test_one_kind_of_drafts(target: Path, run: Path, capsys: pytest.CaptureFixtu
     with pytest.raises(SystemExit):
         main([str(word) for word in words])
     assert "--draft-tokens: not allowed with argument --tree" in capsys.readouterr().err
+
+
+def test_a_block_holds_no_more_drafts(
+    prepared: tuple[Path, list[str]], target: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["method.name=dflash", "method.options.block_size=4", f"output_dir={tmp_path / 'run'}", "train.steps=1"]
+    build_controller(load_config(None, [*prepared[1], *words]), World()).fit()
+    capsys.readouterr()
+    monkeypatch.setattr(Target, "loads", 0)
+    draft = tmp_path / "run" / "latest"
+    said = refused(capsys, 2, "--target", target, "--draft", draft, "--prompt", "the cat", "--draft-tokens", 4)
+    assert "--draft-tokens 4: this draft was trained for 3 and cannot draft more; ask for fewer" in said and Target.loads == 0
 
 
 def test_prompts_that_leave_no_room(target: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -91,5 +91,5 @@ def test_walk_is_live_at_every_length(
 def test_a_block_holds_no_more_drafts(answered_path: Path, answered: LocalFeatureStore) -> None:
     method = make_method(answered_path, answered)
     assert method.draft_tokens == 4
-    with pytest.raises(ConfigError, match="draft tokens 5: a block of this draft holds 4"):
+    with pytest.raises(ConfigError, match="--draft-tokens 5: this draft was trained for 4 and cannot draft more"):
         BlockDrafter(method, 5)

@@ -88,5 +88,5 @@ def test_adaptive_lengths_propose_the_first_of_the_same_drafts(
     assert verified[0] > 3.9 > verified[1] > verified[2] == 0
     with pytest.raises(ConfigError, match="adaptive draft length: is calibrated for arg-max drafts"):
         PEagleDrafter(trained, 4, Sampling(temperature=1.0), torch.Generator(), rule)
-    with pytest.raises(ConfigError, match="draft tokens 5: this draft was trained for 4 depths"):
+    with pytest.raises(ConfigError, match="--draft-tokens 5: this draft was trained for 4 and cannot draft more"):
         PEagleDrafter(trained, 5)
