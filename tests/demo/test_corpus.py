@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from specforge.demo import conversations as conversations_module
-from specforge.demo import corpus
+from specforge.demo import corpus, rows
 from specforge.demo.conversations import DOMAINS, RULES, conversations
 from specforge.demo.corpus import Document
 
@@ -51,6 +51,18 @@ def test_copies_are_taken_once(installation: Path) -> None:
     texts = [document.text for split in ("train", "heldout") for document in corpus.documents(split)]
     assert texts.count(body(0)) == 1
     assert len(texts) == 60 - 5
+
+
+def test_prompts_of_both_sides_in_one_file(library: None, tmp_path: Path) -> None:
+    path = tmp_path / "new" / "prompts.jsonl"
+    rows.main([str(path), "--train", "6", "--heldout", "3"])
+    written = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [row["id"].split("/")[0] for row in written] == ["train"] * 6 + ["heldout"] * 3
+    assert [row["domain"] for row in written[:4]] == list(DOMAINS)
+    answers = tmp_path / "answers.jsonl"
+    answers.write_text(path.read_text())
+    assert rows.split_answers(answers) == (6, 3)
+    assert (tmp_path / "heldout.jsonl").read_text().splitlines() == path.read_text().splitlines()[6:]
 
 
 def test_rows_are_conversations(library: None) -> None:
