@@ -82,7 +82,7 @@ class Comparison:
         self._claim()
         self._make_rows()
         jobs = [(name, seed) for seed, name in product(range(self.seeds), INTERMEDIATE_SIZES)]
-        self._train(*jobs[0])  # captures the features, which the others find in the cache
+        self._train(*jobs[0])  # captures the features, which all share
         with ThreadPoolExecutor(max_workers=2) as both:
             list(both.map(lambda job: self._train(*job), jobs[1:]))
         numbers = {name: self._numbers(name) for name in INTERMEDIATE_SIZES}
@@ -118,7 +118,7 @@ class Comparison:
     def _settings(self, name: str, seed: int, run: Path) -> list[str]:
         settings = {
             "run_id": run.name, "output_dir": run, "seed": seed, "model.target_path": TARGET,
-            "model.aux_layer_ids": list(AUX_LAYER_IDS), "features.cache_dir": self.out / "features",
+            "model.aux_layer_ids": list(AUX_LAYER_IDS), "features.path": self.out / "captured", "features.cache_dir": self.out / "features",
             "method.options.intermediate_size": INTERMEDIATE_SIZES[name],
             "data.train_path": self.out / "train.jsonl", "data.eval_path": self.out / "heldout.jsonl",
             "train.steps": self.steps, "train.eval_every": max(self.steps // 4, 1), "train.save_every": max(self.steps // 4, 1),
