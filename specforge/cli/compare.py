@@ -1,8 +1,8 @@
 """`specforge compare`: every drafting method on the embedded target, with equal rows, steps and parameters and several seeds.
 
-The target answers prompts, each recipe `configs/*-embedded.yaml` is trained on the answers with each seed, two trainings at a time with
-one thread each. Then, nothing beside it, each method trains a few steps more for its speed, in turns, and the drafts of the first seed
-decode in turns. What an earlier call has trained is kept. The table is Markdown, the last line JSON.
+The target answers prompts, its features are captured once, and each recipe `configs/*-embedded.yaml` is trained on them with each seed,
+two trainings at a time with one thread each. Then, nothing beside it, each method trains a few steps more for its speed, in turns, and
+the drafts of the first seed decode in turns. What an earlier call has trained is kept. The table is Markdown, the last line JSON.
 
 Walks are those of all K drafts after the last step (docs/evaluation.md). The interval holds the mean over seeds with 95 %, were seeds
 and held-out answers drawn anew: half of it is 1.96 sqrt(v + w / S), v the mean variance over answers, w that over S seeds.
@@ -81,10 +81,9 @@ class Comparison:
         """The numbers of the JSON line."""
         self._claim()
         self._make_rows()
-        jobs = [(name, seed) for seed, name in product(range(self.seeds), INTERMEDIATE_SIZES)]
-        self._train(*jobs[0])  # captures the features, which all share
+        self._specforge("prepare", str(recipe("eagle3")), *self._settings("eagle3", 0, self._run("eagle3", 0)), log="rows.log")
         with ThreadPoolExecutor(max_workers=2) as both:
-            list(both.map(lambda job: self._train(*job), jobs[1:]))
+            list(both.map(lambda job: self._train(*job), product(range(self.seeds), INTERMEDIATE_SIZES)))
         numbers = {name: self._numbers(name) for name in INTERMEDIATE_SIZES}
         for name, tokens_per_s in self._training_speeds().items():
             numbers[name]["train_tokens_per_s"] = tokens_per_s
@@ -128,7 +127,7 @@ class Comparison:
     def _run(self, name: str, seed: int) -> Path:
         return self.out / f"{name}-{seed}"
 
-    def _train(self, name: str, seed: int) -> None:
+    def _train(self, seed: int, name: str) -> None:
         run = self._run(name, seed)
         if self._last(run).get("step") == self.steps:
             return
