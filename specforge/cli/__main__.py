@@ -19,6 +19,7 @@ COMMANDS = {
     "generate": "decode prompts with a draft and with the target alone, and compare",
     "doctor": "say what this machine and a configuration lack for training",
     "bench": "speed and memory of a training step, as ratios within one run",
+    "suite": "score a language model on an in-context-learning suite",
     "demo": "the whole story in minutes: embedded target, train, kill, resume, measure",
     "compare": "every method on the embedded target: equal rows, steps and parameters, one table",
 }

@@ -58,6 +58,11 @@ class TaskTokens:
         """Where the first token that any rule needs stands; the token before it predicts it, so never 0."""
         return np.maximum(np.minimum(self.scored_R, self.continuation_R), 1)
 
+    @property
+    def prediction_start_R1(self) -> np.ndarray:
+        """Where the predictions of a row begin among those of all rows; the tokens from `first_R` to the row's end are predicted."""
+        return np.concatenate([[0], np.cumsum(self.lengths_R - self.first_R)])
+
     def tensors(self) -> dict[str, np.ndarray]:
         return {field.name: getattr(self, field.name) for field in fields(self)}
 

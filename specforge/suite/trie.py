@@ -18,6 +18,8 @@ class Trie:
     """int32."""
     depth_M: np.ndarray
     """Place in the row, int32."""
+    parent_M: np.ndarray
+    """Node above, int32; -1: none."""
     exit_M: np.ndarray
     """First node behind the subtree, int32."""
     path_R: list[np.ndarray]
@@ -45,7 +47,7 @@ def build(rows: Sequence[np.ndarray]) -> Trie:
     path = np.empty(0, dtype=np.int32)
     before = np.empty(0, dtype=np.int32)
     total = sum(map(len, rows))
-    token_M, depth_M, exit_M = np.empty((3, total), dtype=np.int32)
+    token_M, depth_M, parent_M, exit_M = np.empty((4, total), dtype=np.int32)
     path_R: list[np.ndarray] = [path] * len(rows)
     size = 0
     for index in sorted(range(len(rows)), key=keys.__getitem__):
@@ -55,9 +57,10 @@ def build(rows: Sequence[np.ndarray]) -> Trie:
         new = np.arange(size, size + len(row) - shared, dtype=np.int32)
         token_M[new], depth_M[new] = row[shared:], np.arange(shared, len(row))
         path, before, size = np.concatenate([path[:shared], new]), row, size + len(new)
+        parent_M[new] = np.concatenate([[-1], path])[shared:-1]
         path_R[index] = path
     exit_M[path] = size
-    return Trie(token_M[:size], depth_M[:size], exit_M[:size], path_R)
+    return Trie(token_M[:size], depth_M[:size], parent_M[:size], exit_M[:size], path_R)
 
 
 def pieces(trie: Trie, budget: int) -> list[Piece]:

@@ -1,0 +1,132 @@
+"""`specforge suite --model FOLDER --bundle FOLDER`: score a language model on an in-context-learning suite."""
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from specforge import files
+from specforge.errors import ConfigError
+
+
+def run(words: Sequence[str]) -> int:
+    given = _parser().parse_args(words)
+    for name, least in (("max_per_task", 0), ("batch", 1), ("piece_tokens", 1), ("max_length", 0)):
+        if getattr(given, name) < least:
+            raise ConfigError(f"--{name.replace('_', '-')} {getattr(given, name)}: must be at least {least}; give a larger number.")
+
+    from transformers import AutoTokenizer
+
+    from specforge.cli.compose import set_threads
+    from specforge.distributed import World
+    from specforge.errors import DataError
+    from specforge.features.target import Target
+    from specforge.log.progress import progress
+    from specforge.suite.bundle import read_tasks
+    from specforge.suite.evaluate import Manner, evaluate
+    from specforge.suite.prompts import Draw
+    from specforge.suite.record import Record
+    from specforge.suite.scoring import Model
+    from specforge.suite.token_cache import TokenCache
+
+    def load_tokenizer() -> Any:
+        with files.foreign(tokenizer_path, DataError, "--tokenizer must name a tokenizer that transformers loads without code of its own"):
+            return AutoTokenizer.from_pretrained(tokenizer_path, local_files_only=True, trust_remote_code=False)
+
+    began_s = time.perf_counter()
+    folder, tokenizer_path = Path(given.model), Path(given.tokenizer or given.model)
+    tasks = read_tasks(Path(given.bundle), given.tasks, given.num_shots)
+    draw = Draw(given.max_per_task, given.fewshot_seed, given.shared_shots)
+    manner = Manner(given.mode, given.rule, given.batch, given.piece_tokens)
+    world = World.join()
+    set_threads(world)
+    cache = TokenCache(Path(given.cache), tokenizer_path, load_tokenizer, given.bos)
+    fingerprint = world.on_main(lambda: files.Fingerprints(Path(given.cache) / ".fingerprints.json").fingerprint(folder))
+
+    def identity_of(task: Any) -> dict[str, Any]:
+        return {
+            "tokens": cache.key(task, draw),
+            "model": fingerprint,
+            "dtype": given.dtype,
+            "max_length": given.max_length,
+            **asdict(manner),
+        }
+
+    record = Record(Path(given.out)) if given.out else None
+    done = world.on_main(lambda: {task.label: record.known(task.label, identity_of(task)) for task in tasks} if record else {})
+    model = Model(Target.load(folder, given.dtype, world.device), given.max_length)
+    if model.why_no_tree and given.mode in ("auto", "tree") and world.is_main:
+        print(f"no prefix tree with this model, batches instead: {model.why_no_tree}", file=sys.stderr)
+    width = max(len(task.label) for task in tasks)
+    numbers = {label: known for label, known in done.items() if known}
+    if world.is_main:
+        for label, known in numbers.items():
+            print(f"{_line(label, width, known, None)}  (kept)")
+    try:
+        with progress(None, description="suite", world=world) as bar:
+            waiting = [task for task in tasks if task.label not in numbers]
+            for result in evaluate(model, waiting, cache, draw, manner, world, bar):
+                label = result.task.label
+                numbers[label] = result.numbers()
+                if world.is_main:
+                    before = record.last_centred(label) if record else None
+                    print(_line(label, width, numbers[label], before), flush=True)
+                    if record:
+                        record.write(result, identity_of(result.task))
+    finally:
+        world.leave()
+    if world.is_main:
+        ordered = [numbers[task.label] for task in tasks]
+        core, core_v2 = (fmean(task[name] for task in ordered) for name in ("centred", "centred_v2"))
+        seconds = time.perf_counter() - began_s
+        print(f"CORE {core:.4f} (with DCLM's corrected baselines {core_v2:.4f}), mean of {len(tasks)} tasks, in {seconds:.1f} s")
+        print(files.json_line({"core": core, "core_v2": core_v2, "seconds": seconds, "tasks": ordered}))
+    return 0
+
+
+def _line(label: str, width: int, numbers: dict[str, Any], before: float | None) -> str:
+    line = f"{label:<{width}}  accuracy {numbers['accuracy']:.4f}  centred {numbers['centred']:+.4f}"
+    if before is not None:
+        change = numbers["centred"] - before
+        line += f"  {'↑' if change > 0 else '↓' if change < 0 else '='} {change:+.4f}"
+    return f"{line}  {numbers['mode']}, {numbers['slots']:,} of {numbers['row_tokens']:,} tokens, {numbers['seconds']:.1f} s"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="specforge suite",
+        description="Score a causal language model on a CORE-style bundle. Runs under torchrun too. The last line is one JSON object.",
+    )
+    parser.add_argument("--model", required=True, help="folder of the model and its tokenizer")
+    parser.add_argument("--bundle", required=True, help="folder with core.yaml, eval_meta_data.csv and eval_data/")
+    parser.add_argument("--tokenizer", help="folder of the tokenizer (default: the model's)")
+    parser.add_argument("--tasks", nargs="+", default=(), metavar="LABEL", help="these only (default: all)")
+    parser.add_argument("--num-shots", type=int, metavar="N", help="for every task (default: as the bundle says)")
+    parser.add_argument(
+        "--fewshot-seed", type=int, default=1234, help="plus the example's number seeds the draw of its shots (default 1234)"
+    )
+    parser.add_argument("--shared-shots", action="store_true", help="one block of shots for a whole task, which is then read once")
+    parser.add_argument(
+        "--max-per-task", type=int, default=0, metavar="N", help="score N examples, and draw shots from them; 0: all (default)"
+    )
+    parser.add_argument(
+        "--mode", choices=("auto", "exact", "batched", "tree"), default="auto", help="how forwards are made up (default auto)"
+    )
+    parser.add_argument(
+        "--rule",
+        choices=("mean_token", "sum", "per_char", "per_byte"),
+        default="mean_token",
+        help="which loss decides (default mean_token)",
+    )
+    parser.add_argument("--batch", type=int, default=4, help="examples of a padded batch (default 4)")
+    parser.add_argument("--piece-tokens", type=int, default=512, help="tokens of a piece of the tree (default 512)")
+    parser.add_argument("--max-length", type=int, default=0, help="tokens that the model reads; 0: as its config.json says (default)")
+    parser.add_argument("--bos", choices=("bos", "eos", "none"), default="bos", help="token before each text (default bos)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16", "float64"), default="float32")
+    parser.add_argument("--cache", default="runs/suite-tokens", help="folder of the token cache (default runs/suite-tokens)")
+    parser.add_argument("--out", help="folder for results; tasks that it holds already are not scored again")
+    return parser
