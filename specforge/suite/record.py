@@ -58,9 +58,8 @@ class Record:
                 fields = files.parse_json(line)
             except ValueError as cause:
                 raise DataError(f"{path}:{number}: is not JSON ({cause}); move the file away to begin anew.") from cause
-            files.check_fields(
-                fields, f"{path}:{number}", DataError, task=str, identity=str, accuracy=float, centred=float, centred_v2=float
-            )
+            kinds = {"task": str, "identity": str, "mode": str, "accuracy": float, "centred": float, "centred_v2": float, "seconds": float}
+            files.check_fields(fields, f"{path}:{number}", DataError, **kinds, slots=int, row_tokens=int)
             lines.append(fields)
         return lines
 
