@@ -15,7 +15,7 @@ from specforge.errors import ConfigError
 
 def run(words: Sequence[str]) -> int:
     given = _parser().parse_args(words)
-    for name, least in (("max_per_task", 0), ("batch", 1), ("piece_tokens", 1), ("max_length", 0)):
+    for name, least in (("max_per_task", 0), ("batch", 1), ("piece_tokens", 1), ("max_length", 0), ("audit", 0)):
         if getattr(given, name) < least:
             raise ConfigError(f"--{name.replace('_', '-')} {getattr(given, name)}: must be at least {least}; give a larger number.")
 
@@ -41,7 +41,7 @@ def run(words: Sequence[str]) -> int:
     folder, tokenizer_path = Path(given.model), Path(given.tokenizer or given.model)
     tasks = read_tasks(Path(given.bundle), given.tasks, given.num_shots)
     draw = Draw(given.max_per_task, given.fewshot_seed, given.shared_shots)
-    manner = Manner(given.mode, given.rule, given.batch, given.piece_tokens)
+    manner = Manner(given.mode, given.rule, given.batch, given.piece_tokens, given.audit)
     world = World.join()
     set_threads(world)
     cache = TokenCache(Path(given.cache), tokenizer_path, load_tokenizer, given.bos)
@@ -93,7 +93,11 @@ def _line(label: str, width: int, numbers: dict[str, Any], before: float | None)
     if before is not None:
         change = numbers["centred"] - before
         line += f"  {'↑' if change > 0 else '↓' if change < 0 else '='} {change:+.4f}"
-    return f"{line}  {numbers['mode']}, {numbers['slots']:,} of {numbers['row_tokens']:,} tokens, {numbers['seconds']:.1f} s"
+    line += f"  {numbers['mode']}, {numbers['slots']:,} of {numbers['row_tokens']:,} tokens, {numbers['seconds']:.1f} s"
+    if audit := numbers.get("audit"):
+        difference, at_risk = audit["largest_difference"], len(audit["at_risk"])
+        line += f"; {audit['examples']} again in exact: losses within {difference:.1e}, {at_risk} answers at risk"
+    return line
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -118,12 +122,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--rule",
-        choices=("mean_token", "sum", "per_char", "per_byte"),
+        choices=("mean_token", "sum", "per_char", "per_byte", "pmi"),
         default="mean_token",
         help="which loss decides (default mean_token)",
     )
     parser.add_argument("--batch", type=int, default=4, help="examples of a padded batch (default 4)")
     parser.add_argument("--piece-tokens", type=int, default=512, help="tokens of a piece of the tree (default 512)")
+    parser.add_argument("--audit", type=int, default=0, metavar="N", help="score N examples of each task in exact too, and compare")
     parser.add_argument("--max-length", type=int, default=0, help="tokens that the model reads; 0: as its config.json says (default)")
     parser.add_argument("--bos", choices=("bos", "eos", "none"), default="bos", help="token before each text (default bos)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16", "float64"), default="float32")

@@ -9,6 +9,7 @@ from specforge.suite.bundle import Example, Task
 
 ORDER_SEED = 1337
 FEWSHOT_SEED = 1234
+NO_QUESTION = "Answer:"
 
 T = TypeVar("T")
 
@@ -62,3 +63,16 @@ def write_prompts(task: Task, examples: Sequence[Example], draw: Draw) -> list[P
             before = tuple(start.strip() for start in before)
         prompts.append(Prompt(texts, before, example.continuations, example.gold))
     return prompts
+
+
+def without_questions(prompts: Sequence[Prompt]) -> list[Prompt]:
+    """The same answers to no question at all, for pointwise mutual information."""
+    return [
+        Prompt(
+            tuple(f"{NO_QUESTION} {text}" for text in prompt.continuations),
+            (NO_QUESTION,) * len(prompt.texts),
+            prompt.continuations,
+            prompt.gold,
+        )
+        for prompt in prompts
+    ]

@@ -1,8 +1,10 @@
 """From log-probabilities to answers and scores.
 
 The loss of a row is, in nats: `mean_token` the mean over CORE's span (arXiv 2406.11794); `sum` the sum over the continuation, `per_char`
-and `per_byte` that sum over the length of the continuation as written (acc, acc_norm and acc_bytes of lm-evaluation-harness). The smallest
-loss is the answer. A text of language modelling has no rivals: it is right when every token of its span is the model's likeliest.
+and `per_byte` that sum over the length of the continuation as written (acc, acc_norm and acc_bytes of lm-evaluation-harness); `pmi` the sum
+less what the same continuation loses after no question at all (Holtzman et al. 2021, arXiv 2104.08315), which is `sum` where rows do not
+differ in their continuations. The smallest loss is the answer. A text of language modelling has no rivals: it is right when every token of
+its span is the model's likeliest.
 
 Shapes: R rows, E examples, Q predictions.
 """
@@ -14,7 +16,7 @@ import numpy as np
 
 from specforge.suite.tokens import TaskTokens
 
-Rule = Literal["mean_token", "sum", "per_char", "per_byte"]
+Rule = Literal["mean_token", "sum", "per_char", "per_byte", "pmi"]
 
 
 @dataclass(frozen=True)
@@ -36,15 +38,29 @@ class Answers:
         return float(self.right_E.mean())
 
 
-def answer(tokens: TaskTokens, logp_Q: np.ndarray, is_best_Q: np.ndarray, rule: Rule = "mean_token") -> Answers:
+def continuation_logp(tokens: TaskTokens, logp_Q: np.ndarray) -> np.ndarray:
+    """Log-probability [R] of each continuation, in nats."""
+    return _sums(tokens, logp_Q, np.maximum(tokens.continuation_R, 1))[0]
+
+
+def answer(
+    tokens: TaskTokens, logp_Q: np.ndarray, is_best_Q: np.ndarray, rule: Rule = "mean_token", no_question_R: np.ndarray | None = None
+) -> Answers:
+    """
+    Args:
+        no_question_R: `continuation_logp` after no question, for `pmi`; None: there is none.
+    """
     scored_R = np.where(tokens.scored_R < 1, tokens.lengths_R, tokens.scored_R)  # nothing predicts the first token of a row
     span_sum_R, span_count_R = _sums(tokens, logp_Q, scored_R)
     if rule == "mean_token":
         with np.errstate(invalid="ignore"):
             loss_R = -span_sum_R / span_count_R
     else:
-        whole_R, _ = _sums(tokens, logp_Q, np.maximum(tokens.continuation_R, 1))
-        loss_R = -whole_R / {"sum": 1, "per_char": np.maximum(tokens.chars_R, 1), "per_byte": np.maximum(tokens.bytes_R, 1)}[rule]
+        loss_R = -continuation_logp(tokens, logp_Q)
+        if rule in ("per_char", "per_byte"):
+            loss_R /= np.maximum(tokens.chars_R if rule == "per_char" else tokens.bytes_R, 1)
+        elif rule == "pmi" and no_question_R is not None:
+            loss_R += no_question_R
     is_greedy_R = _sums(tokens, is_best_Q.astype(np.float64), scored_R)[0] == span_count_R
     predicted_E, margin_E, right_E = np.empty(len(tokens), np.int32), np.empty(len(tokens)), np.empty(len(tokens), bool)
     for example in range(len(tokens)):

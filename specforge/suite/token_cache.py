@@ -19,7 +19,7 @@ from safetensors.numpy import save_file
 from specforge import files
 from specforge.errors import DataError
 from specforge.suite.bundle import Task, read_examples
-from specforge.suite.prompts import ORDER_SEED, Draw, chosen, write_prompts
+from specforge.suite.prompts import ORDER_SEED, Draw, chosen, without_questions, write_prompts
 from specforge.suite.tokens import TaskTokens, tokenise
 
 FORMAT = 1
@@ -48,27 +48,31 @@ class TokenCache:
         self._tokenizer_digest = self._digest_of(tokenizer_path)
         self._held: dict[str, TaskTokens] = {}
 
-    def key(self, task: Task, draw: Draw) -> str:
+    def key(self, task: Task, draw: Draw, *, no_question: bool = False) -> str:
         identity = {
             "tokenizer": self._tokenizer_digest, "data": self._fingerprints.sha256(task.path), "kind": task.kind, "shots": task.shots,
-            "delimiter": task.delimiter, "order_seed": ORDER_SEED, **asdict(draw), "first": self._first, "format": FORMAT,
+            "delimiter": task.delimiter, "order_seed": ORDER_SEED, **asdict(draw), "first": self._first,
+            "no_question": no_question, "format": FORMAT,
         }  # fmt: skip
         return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
-    def get(self, task: Task, draw: Draw) -> TaskTokens:
+    def get(self, task: Task, draw: Draw, *, no_question: bool = False) -> TaskTokens:
         """Of many processes that ask at once, one makes the tokens and the others wait for it.
+
+        Args:
+            no_question: the answers alone, `prompts.without_questions`.
 
         Raises:
             DataError: the data or the tokenizer cannot be used.
         """
         if not task.path.is_file():
             raise DataError(f"{task.path}: there is no such file; task {task.label!r} needs it, or leave it out by --tasks.")
-        key = self.key(task, draw)
+        key = self.key(task, draw, no_question=no_question)
         if key not in self._held:
             entry = self.root / key
             with files.writable(self.root, DataError), files.Lock(self.root / f".{key}.lock"):
                 found = self._read(entry) if entry.exists() else None
-                self._held[key] = found or self._make(entry, task, draw)
+                self._held[key] = found or self._make(entry, task, draw, no_question)
         return self._held[key]
 
     def _digest_of(self, folder: Path) -> str:
@@ -77,8 +81,10 @@ class TokenCache:
             raise DataError(f"{folder}: holds no tokenizer; give --tokenizer the folder of one.")
         return hashlib.sha256("".join(f"{path.name} {self._fingerprints.sha256(path)}\n" for path in found).encode()).hexdigest()
 
-    def _make(self, entry: Path, task: Task, draw: Draw) -> TaskTokens:
+    def _make(self, entry: Path, task: Task, draw: Draw, no_question: bool) -> TaskTokens:
         prompts = write_prompts(task, chosen(read_examples(task), draw), draw)
+        if no_question:
+            prompts = without_questions(prompts)
         tokenizer = self._load()
         bos = None if self._first == "none" else _special(tokenizer, self._first)
         tokens = tokenise(prompts, task.kind, lambda texts: tokenizer(texts, add_special_tokens=False)["input_ids"], bos)
