@@ -22,6 +22,7 @@ def run(words: Sequence[str]) -> int:
     from transformers import AutoTokenizer
 
     from specforge.cli.compose import set_threads
+    from specforge.cli.draft import read_draft
     from specforge.distributed import World
     from specforge.errors import DataError
     from specforge.features.target import Target
@@ -47,11 +48,16 @@ def run(words: Sequence[str]) -> int:
     cache = TokenCache(Path(given.cache), tokenizer_path, load_tokenizer, given.bos)
     fingerprint = world.on_main(lambda: files.Fingerprints(Path(given.cache) / ".fingerprints.json").fingerprint(folder))
 
+    draft = read_draft(given.draft, folder, None) if given.draft else None
+    if draft is not None and draft.method is None:
+        raise ConfigError(f"--draft {given.draft}: learned nothing that could be compared; give a checkpoint.")
+
     def identity_of(task: Any) -> dict[str, Any]:
         return {
             "tokens": cache.key(task, draw),
             "model": fingerprint,
             "dtype": given.dtype,
+            "draft": draft.name if draft else "",
             "max_length": given.max_length,
             **asdict(manner),
         }
@@ -69,7 +75,7 @@ def run(words: Sequence[str]) -> int:
     try:
         with progress(None, description="suite", world=world) as bar:
             waiting = [task for task in tasks if task.label not in numbers]
-            for result in evaluate(model, waiting, cache, draw, manner, world, bar):
+            for result in evaluate(model, waiting, cache, draw, manner, world, bar, draft and draft.method.to(world.device)):
                 label = result.task.label
                 numbers[label] = result.numbers()
                 if world.is_main:
@@ -97,6 +103,8 @@ def _line(label: str, width: int, numbers: dict[str, Any], before: float | None)
     if audit := numbers.get("audit"):
         difference, at_risk = audit["largest_difference"], len(audit["at_risk"])
         line += f"; {audit['examples']} again in exact: losses within {difference:.1e}, {at_risk} answers at risk"
+    if (accepted := numbers.get("draft_accepted")) is not None:
+        line += f"; draft accepted {accepted:.3f}"
     return line
 
 
@@ -128,6 +136,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--batch", type=int, default=4, help="examples of a padded batch (default 4)")
     parser.add_argument("--piece-tokens", type=int, default=512, help="tokens of a piece of the tree (default 512)")
+    parser.add_argument("--draft", help="RUN/best of a draft of this model: also how much of what is scored it would have foreseen")
     parser.add_argument("--audit", type=int, default=0, metavar="N", help="score N examples of each task in exact too, and compare")
     parser.add_argument("--max-length", type=int, default=0, help="tokens that the model reads; 0: as its config.json says (default)")
     parser.add_argument("--bos", choices=("bos", "eos", "none"), default="bos", help="token before each text (default bos)")

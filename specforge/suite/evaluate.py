@@ -12,6 +12,7 @@ import torch
 
 from specforge.distributed import World
 from specforge.log.progress import Progress
+from specforge.suite.agreement import draft_accepted
 from specforge.suite.batches import base_batches, compose
 from specforge.suite.bundle import Task
 from specforge.suite.forest import plant
@@ -69,6 +70,8 @@ class TaskResult:
     """That forwards had room for, on all ranks."""
     seconds: float
     audit: Audit | None = None
+    draft_accepted: float | None = None
+    """Share of the scored positions that a draft foresaw."""
 
     def numbers(self) -> dict[str, Any]:
         accuracy = self.answers.accuracy
@@ -82,13 +85,18 @@ class TaskResult:
             numbers["classes"] = [vars(scores) for scores in class_scores(self.tokens.gold_E, self.answers.predicted_E)]
         if self.audit:
             numbers["audit"] = vars(self.audit)
+        if self.draft_accepted is not None:
+            numbers["draft_accepted"] = self.draft_accepted
         return numbers
 
 
 def evaluate(
-    model: Model, tasks: Sequence[Task], cache: TokenCache, draw: Draw, manner: Manner, world: World, progress: Progress
+    model: Model, tasks: Sequence[Task], cache: TokenCache, draw: Draw, manner: Manner, world: World, progress: Progress, draft: Any = None
 ) -> Iterator[TaskResult]:
     """The result of each task, on every rank; `progress` counts token slots.
+
+    Args:
+        draft: a trained method whose first drafts are compared with the model's choices.
 
     Raises:
         DataError: a task cannot be read or tokenised, or does not fit the model's context.
@@ -105,7 +113,12 @@ def evaluate(
             if following is not None:
                 waiting.append(ahead.submit(tokens_of, following))
             progress.set_postfix({"task": task.label})
-            yield _score(model, task, tokens.cropped(model.longest, task.label), no_question, manner, world, progress)
+            cropped = tokens.cropped(model.longest, task.label)
+            result = _score(model, task, cropped, no_question, manner, world, progress)
+            if draft is not None:
+                own = shares(cropped, range(len(cropped)), world.size)[world.rank]
+                result = replace(result, draft_accepted=draft_accepted(model.target, draft, cropped, own, world))
+            yield result
 
 
 def _score(
