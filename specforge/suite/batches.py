@@ -6,19 +6,19 @@ Shapes: B rows, S tokens of the longest, Q predictions (a token, and the row and
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, chain
-from typing import Self
 
 import numpy as np
 import torch
 from torch.nn import functional as F
 
+from specforge.suite.resident import OnDevice
 from specforge.suite.tokens import TaskTokens
 
 PADDING = 0
 
 
 @dataclass(frozen=True)
-class Batch:
+class Batch(OnDevice):
     """Whole examples. What is needed to cut and join them is known on the host, so that doing it waits for no device."""
 
     ids_BS: torch.Tensor
@@ -40,14 +40,6 @@ class Batch:
     @property
     def slots(self) -> int:
         return self.ids_BS.numel()
-
-    @property
-    def num_bytes(self) -> int:
-        return sum(x.nbytes for x in (self.ids_BS, self.row_Q, self.column_Q, self.token_Q, self.place_Q))
-
-    def to(self, device: torch.device) -> Self:
-        tensors = {name: x.to(device, non_blocking=True) for name, x in vars(self).items() if isinstance(x, torch.Tensor)}
-        return type(self)(**{**vars(self), **tensors})
 
     def examples(self, begin: int, end: int) -> "Batch":
         """Some of the examples, without the columns that only others need."""

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any, Literal, NamedTuple, Self
 
@@ -15,8 +15,9 @@ from specforge.log.progress import Progress
 from specforge.suite.agreement import draft_accepted
 from specforge.suite.batches import base_batches, compose
 from specforge.suite.bundle import Task
-from specforge.suite.forest import plant
+from specforge.suite.forest import Forest, plant
 from specforge.suite.prompts import Draw
+from specforge.suite.resident import RESIDENT_BYTES, Resident
 from specforge.suite.rules import Answers, Rule, answer, centred, class_scores, continuation_logp
 from specforge.suite.scoring import Model, Predictions
 from specforge.suite.token_cache import TokenCache
@@ -90,58 +91,6 @@ class TaskResult:
         return numbers
 
 
-def evaluate(
-    model: Model, tasks: Sequence[Task], cache: TokenCache, draw: Draw, manner: Manner, world: World, progress: Progress, draft: Any = None
-) -> Iterator[TaskResult]:
-    """The result of each task, on every rank; `progress` counts token slots.
-
-    Args:
-        draft: a trained method whose first drafts are compared with the model's choices.
-
-    Raises:
-        DataError: a task cannot be read or tokenised, or does not fit the model's context.
-    """
-
-    def tokens_of(task: Task) -> tuple[TaskTokens, TaskTokens | None]:
-        no_question = manner.rule == "pmi" and task.kind == "multiple_choice"
-        return cache.get(task, draw), cache.get(task, draw, no_question=True) if no_question else None
-
-    with ThreadPoolExecutor(max_workers=1) as ahead:
-        waiting = [ahead.submit(tokens_of, task) for task in tasks[:1]]
-        for task, following in zip_longest(tasks, tasks[1:]):
-            tokens, no_question = waiting.pop().result()
-            if following is not None:
-                waiting.append(ahead.submit(tokens_of, following))
-            progress.set_postfix({"task": task.label})
-            cropped = tokens.cropped(model.longest, task.label)
-            result = _score(model, task, cropped, no_question, manner, world, progress)
-            if draft is not None:
-                own = shares(cropped, range(len(cropped)), world.size)[world.rank]
-                result = replace(result, draft_accepted=draft_accepted(model.target, draft, cropped, own, world))
-            yield result
-
-
-def _score(
-    model: Model, task: Task, tokens: TaskTokens, no_question: TaskTokens | None, manner: Manner, world: World, progress: Progress
-) -> TaskResult:
-    began_s = time.perf_counter()
-    said = _ask(model, tokens, range(len(tokens)), manner, world, progress)
-    slots, no_question_R = said.slots, None
-    if no_question is not None:
-        beside = _ask(model, no_question, range(len(no_question)), manner, world, progress)
-        slots, no_question_R = slots + beside.slots, continuation_logp(no_question, beside.logp_Q)
-    answers = answer(tokens, said.logp_Q, said.is_best_Q, manner.rule, no_question_R)
-    seconds = time.perf_counter() - began_s
-    audit = None
-    if manner.audit_examples:
-        chosen = np.unique(np.linspace(0, len(tokens) - 1, manner.audit_examples).round().astype(int)).tolist()
-        exact = _ask(model, tokens, chosen, replace(manner, mode="exact"), world, progress)
-        again = answer(tokens, exact.logp_Q, exact.is_best_Q, manner.rule, no_question_R)
-        rows = np.concatenate([np.asarray(tokens.rows_of(example)) for example in chosen])
-        audit = Audit.of(len(chosen), again.loss_R[rows], answers.loss_R[rows], answers.margin_E)
-    return TaskResult(task, said.mode, tokens, answers, len(tokens.token_N), slots, seconds, audit)
-
-
 class _Said(NamedTuple):
     mode: Mode
     logp_Q: np.ndarray
@@ -149,26 +98,91 @@ class _Said(NamedTuple):
     slots: int
 
 
-def _ask(model: Model, tokens: TaskTokens, examples: Sequence[int], manner: Manner, world: World, progress: Progress) -> _Said:
-    """What the model says of some examples, each asked by one rank; 0 and false of all others."""
-    found, slots = Predictions(tokens, model.target), 0
-    mode, forwards = _plan(model, tokens, shares(tokens, examples, world.size)[world.rank], manner, found)
-    for done in forwards:
-        slots += done
-        progress.update(done)
-    return _Said(mode, *found.reduced(world), slots=int(world.sum_(torch.tensor([slots])).item()))
+class Evaluation:
+    """Of any models of one tokenizer, as often as wanted: what a first time made stays in memory and on the device.
 
+    Args:
+        draft: a trained method whose first drafts are compared with the model's choices.
+        resident_bytes: how much of the suite stays on the device.
+    """
 
-def _plan(model: Model, tokens: TaskTokens, examples: Sequence[int], manner: Manner, found: Predictions) -> tuple[Mode, Iterator[int]]:
-    """The mode that was taken, and the slots of its forwards, each when it is done."""
-    if manner.mode in ("auto", "tree") and examples and not model.why_no_tree:
-        forest = plant(tokens, examples, manner.piece_tokens)
-        read = sum(len(tokens.row(row)) for example in examples for row in tokens.rows_of(example))
-        if manner.mode == "tree" or read >= WORTH_A_TREE * forest.unique_tokens:
-            return "tree", model.tree_forwards(forest, found)
-    size = 1 if manner.mode == "exact" else manner.batch_examples
-    batches = compose(base_batches(tokens, examples, BASE_EXAMPLES), size)
-    return "exact" if size == 1 else "batched", model.batch_forwards(batches, found)
+    def __init__(
+        self, cache: TokenCache, draw: Draw, manner: Manner, world: World, draft: Any = None, resident_bytes: int = RESIDENT_BYTES
+    ) -> None:
+        self.cache, self.draw, self.manner, self.world, self.draft = cache, draw, manner, world, draft
+        self.resident = Resident(world.device, resident_bytes)
+        self._forests: dict[str, Forest] = {}
+
+    def results(self, model: Model, tasks: Sequence[Task], progress: Progress) -> Iterator[TaskResult]:
+        """The result of each task, on every rank, when its last forward is done; `progress` counts token slots.
+
+        Raises:
+            DataError: a task cannot be read or tokenised, or does not fit the model's context.
+        """
+
+        def tokens_of(task: Task) -> tuple[TaskTokens, TaskTokens | None]:
+            without = self.manner.rule == "pmi" and task.kind == "multiple_choice"
+            no_question = self.cache.get(task, self.draw, no_question=True) if without else None
+            return self.cache.get(task, self.draw).cropped(model.longest, task.label), no_question
+
+        with ThreadPoolExecutor(max_workers=1) as ahead:
+            waiting = [ahead.submit(tokens_of, task) for task in tasks[:1]]
+            for task, following in zip_longest(tasks, tasks[1:]):
+                tokens, no_question = waiting.pop().result()
+                if following is not None:
+                    waiting.append(ahead.submit(tokens_of, following))
+                progress.set_postfix({"task": task.label})
+                yield self._score(model, task, tokens, no_question, progress)
+
+    def _score(self, model: Model, task: Task, tokens: TaskTokens, no_question: TaskTokens | None, progress: Progress) -> TaskResult:
+        def ask(tokens: TaskTokens, examples: Sequence[int], mode: Mode, what: str) -> _Said:
+            return self._ask(model, f"{self.cache.key(task, self.draw)} {model.longest} {what}", tokens, examples, mode, progress)
+
+        began_s, every = time.perf_counter(), range(len(tokens))
+        said = ask(tokens, every, self.manner.mode, "all")
+        slots, no_question_R = said.slots, None
+        if no_question is not None:
+            beside = ask(no_question, every, self.manner.mode, "no question")
+            slots, no_question_R = slots + beside.slots, continuation_logp(no_question, beside.logp_Q)
+        answers = answer(tokens, said.logp_Q, said.is_best_Q, self.manner.rule, no_question_R)
+        seconds = time.perf_counter() - began_s
+        audit, accepted = None, None
+        if self.manner.audit_examples:
+            chosen = np.unique(np.linspace(0, len(tokens) - 1, self.manner.audit_examples).round().astype(int)).tolist()
+            exact = ask(tokens, chosen, "exact", "audit")
+            again = answer(tokens, exact.logp_Q, exact.is_best_Q, self.manner.rule, no_question_R)
+            rows = np.concatenate([np.asarray(tokens.rows_of(example)) for example in chosen])
+            audit = Audit.of(len(chosen), again.loss_R[rows], answers.loss_R[rows], answers.margin_E)
+        if self.draft is not None:
+            own = shares(tokens, every, self.world.size)[self.world.rank]
+            accepted = draft_accepted(model.target, self.draft, tokens, own, self.world)
+        return TaskResult(task, said.mode, tokens, answers, len(tokens.token_N), slots, seconds, audit, accepted)
+
+    def _ask(self, model: Model, name: str, tokens: TaskTokens, examples: Sequence[int], mode: Mode, progress: Progress) -> _Said:
+        """What the model says of some examples, each asked by one rank; 0 and false of all others."""
+        found, slots = Predictions(tokens, model.target), 0
+        own = shares(tokens, examples, self.world.size)[self.world.rank]
+        taken, forwards = self._forwards(model, name, tokens, own, mode, found)
+        for done in forwards:
+            slots += done
+            progress.update(done)
+        return _Said(taken, *found.reduced(self.world), slots=int(self.world.sum_(torch.tensor([slots])).item()))
+
+    def _forwards(
+        self, model: Model, name: str, tokens: TaskTokens, examples: Sequence[int], mode: Mode, found: Predictions
+    ) -> tuple[Mode, Iterator[int]]:
+        """The mode that was taken, and the slots of its forwards, each when it is done."""
+        if mode in ("auto", "tree") and examples and not model.why_no_tree:
+            name_of_tree = f"{name} tree {self.manner.piece_tokens}"
+            if name_of_tree not in self._forests:
+                self._forests[name_of_tree] = plant(tokens, examples, self.manner.piece_tokens)
+            forest = self._forests[name_of_tree]
+            read = sum(len(tokens.row(row)) for example in examples for row in tokens.rows_of(example))
+            if mode == "tree" or read >= WORTH_A_TREE * forest.unique_tokens:
+                return "tree", model.tree_forwards(forest, self.resident.get(name_of_tree, lambda: forest.pieces), found)
+        size = 1 if mode == "exact" else self.manner.batch_examples
+        base = self.resident.get(f"{name} batches", lambda: base_batches(tokens, examples, BASE_EXAMPLES))
+        return "exact" if size == 1 else "batched", model.batch_forwards(compose(base, size), found)
 
 
 def shares(tokens: TaskTokens, examples: Sequence[int], ranks: int) -> list[list[int]]:

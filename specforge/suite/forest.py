@@ -6,18 +6,18 @@ Shapes: M nodes of a piece, X predictions of a piece.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Self
 
 import numpy as np
 import torch
 
 from specforge.decode.tree import Tree
+from specforge.suite.resident import OnDevice
 from specforge.suite.tokens import TaskTokens
 from specforge.suite.trie import Piece, Trie, build, pieces
 
 
 @dataclass(frozen=True)
-class TreePiece:
+class TreePiece(OnDevice):
     """Nodes of one forward, behind `past` tokens that earlier pieces left in the cache."""
 
     past: int
@@ -45,10 +45,6 @@ class TreePiece:
         visible_MM = (node_M <= node_M[:, None]) & (node_M[:, None] < self.exit_M)
         return Tree(self.parent_1M, self.depth_1M, visible_MM[None])
 
-    def to(self, device: torch.device) -> Self:
-        tensors = {name: x.to(device, non_blocking=True) for name, x in vars(self).items() if isinstance(x, torch.Tensor)}
-        return type(self)(**{**vars(self), **tensors})
-
 
 @dataclass(frozen=True)
 class Forest:
@@ -65,9 +61,6 @@ class Forest:
     @property
     def slots(self) -> int:
         return sum(piece.slots for piece in self.pieces)
-
-    def to(self, device: torch.device) -> Self:
-        return type(self)([piece.to(device) for piece in self.pieces], self.unique_tokens, self.longest)
 
 
 def plant(tokens: TaskTokens, examples: Sequence[int], budget: int) -> Forest:

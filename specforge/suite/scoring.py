@@ -16,7 +16,8 @@ from specforge.distributed import World
 from specforge.errors import ConfigError, SpecForgeError
 from specforge.features.target import Target
 from specforge.suite.batches import Batch, collate
-from specforge.suite.forest import Forest, plant
+from specforge.suite.forest import Forest, TreePiece, plant
+from specforge.suite.resident import ahead
 from specforge.suite.tokens import TaskTokens
 
 _LOGIT_ROWS = 256
@@ -63,20 +64,20 @@ class Model:
         """Why it cannot score a prefix tree; empty where it can."""
 
     def batch_forwards(self, batches: Iterable[Batch], found: Predictions) -> Iterator[int]:
-        """Token slots of each forward, when it is done."""
+        """Token slots of each forward, when it is done; the batches are on the model's device."""
         for batch in batches:
-            self._score_batch(batch.to(self.target.device), found)
+            self._score_batch(batch, found)
             yield batch.slots
 
     @torch.no_grad()
-    def tree_forwards(self, forest: Forest, found: Predictions) -> Iterator[int]:
-        """As `batch_forwards`.
+    def tree_forwards(self, forest: Forest, pieces: Iterable[TreePiece], found: Predictions) -> Iterator[int]:
+        """As `batch_forwards`; `pieces` are those of the forest, on the model's device.
 
         Raises:
             ConfigError: the model's attention takes no such mask, or nobody can tell it positions.
         """
         session = TargetSession(self.target, 1, forest.capacity, text_tokens=forest.longest)
-        for piece in forest.to(self.target.device).pieces:
+        for piece in pieces:
             session.lengths = [piece.past]
             last_MH = session.forward(piece.ids_1M, piece.tree()).last_BNH[0]
             if piece.kept:
@@ -103,9 +104,10 @@ class Model:
         tokens = _small_task(self.target.vocab_size)
         alone, together = Predictions(tokens, self.target), Predictions(tokens, self.target)
         with files.foreign(Path(self.target.path), ConfigError, "score it in batches"):
-            for _ in self.batch_forwards((collate(tokens, [example]) for example in range(len(tokens))), alone):
+            forest, device = plant(tokens, range(len(tokens)), budget=8), self.target.device
+            for _ in self.batch_forwards(ahead((collate(tokens, [example]) for example in range(len(tokens))), device), alone):
                 pass
-            for _ in self.tree_forwards(plant(tokens, range(len(tokens)), budget=8), together):
+            for _ in self.tree_forwards(forest, ahead(forest.pieces, device), together):
                 pass
         difference = float((alone.logp_Q - together.logp_Q).abs().max())
         if not difference <= _TOLERANCE[self.target.dtype]:

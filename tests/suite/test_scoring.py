@@ -72,7 +72,8 @@ def run(target: Target, tokens: TaskTokens, mode: str | int) -> tuple[np.ndarray
     if isinstance(mode, int):
         forwards = model.batch_forwards(compose(base_batches(tokens, every, 4), mode), found)
     else:
-        forwards = model.tree_forwards(plant(tokens, every, int(mode.removeprefix("tree"))), found)
+        forest = plant(tokens, every, int(mode.removeprefix("tree")))
+        forwards = model.tree_forwards(forest, forest.pieces, found)
     for _ in forwards:
         pass
     return found.reduced(World())
