@@ -67,7 +67,7 @@ def run(words: Sequence[str]) -> int:
     model = Model(Target.load(folder, given.dtype, world.device), given.max_length)
     if model.why_no_tree and given.mode in ("auto", "tree") and world.is_main:
         print(f"no prefix tree with this model, batches instead: {model.why_no_tree}", file=sys.stderr)
-    evaluation = Evaluation(cache, draw, manner, world, draft.method.to(world.device) if draft else None)
+    evaluation = Evaluation(cache, draw, world, draft.method.to(world.device) if draft else None)
     width = max(len(task.label) for task in tasks)
     numbers = {label: known for label, known in done.items() if known}
     if world.is_main:
@@ -76,7 +76,7 @@ def run(words: Sequence[str]) -> int:
     try:
         with progress(None, description="suite", world=world) as bar:
             waiting = [task for task in tasks if task.label not in numbers]
-            for result in evaluation.results(model, waiting, bar):
+            for result in evaluation.results(model, waiting, manner, bar):
                 label = result.task.label
                 numbers[label] = result.numbers()
                 if world.is_main:

@@ -1,10 +1,11 @@
 """A suite from tasks to results: tokens are made one task ahead, forwards run in one stream, a result comes with its last forward."""
 
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from itertools import zip_longest
+from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any, Literal, NamedTuple, Self
 
 import numpy as np
@@ -106,51 +107,67 @@ class Evaluation:
         resident_bytes: how much of the suite stays on the device.
     """
 
-    def __init__(
-        self, cache: TokenCache, draw: Draw, manner: Manner, world: World, draft: Any = None, resident_bytes: int = RESIDENT_BYTES
-    ) -> None:
-        self.cache, self.draw, self.manner, self.world, self.draft = cache, draw, manner, world, draft
+    def __init__(self, cache: TokenCache, draw: Draw, world: World, draft: Any = None, resident_bytes: int = RESIDENT_BYTES) -> None:
+        self.cache, self.draw, self.world, self.draft = cache, draw, world, draft
         self.resident = Resident(world.device, resident_bytes)
         self._forests: dict[str, Forest] = {}
 
-    def results(self, model: Model, tasks: Sequence[Task], progress: Progress) -> Iterator[TaskResult]:
+    def results(
+        self, model: Model, tasks: Sequence[Task], manner: Manner, progress: Progress, ahead_tasks: int = 1
+    ) -> Iterator[TaskResult]:
         """The result of each task, on every rank, when its last forward is done; `progress` counts token slots.
+
+        Args:
+            ahead_tasks: of so many tasks the tokens are made while one is scored.
 
         Raises:
             DataError: a task cannot be read or tokenised, or does not fit the model's context.
         """
-
-        def tokens_of(task: Task) -> tuple[TaskTokens, TaskTokens | None]:
-            without = self.manner.rule == "pmi" and task.kind == "multiple_choice"
-            no_question = self.cache.get(task, self.draw, no_question=True) if without else None
-            return self.cache.get(task, self.draw).cropped(model.longest, task.label), no_question
-
         with ThreadPoolExecutor(max_workers=1) as ahead:
-            waiting = [ahead.submit(tokens_of, task) for task in tasks[:1]]
-            for task, following in zip_longest(tasks, tasks[1:]):
-                tokens, no_question = waiting.pop().result()
-                if following is not None:
-                    waiting.append(ahead.submit(tokens_of, following))
+            coming = iter(tasks)
+            waiting = deque(ahead.submit(self._tokens, model, task, manner) for task in islice(coming, ahead_tasks))
+            for task in tasks:
+                waiting.extend(ahead.submit(self._tokens, model, following, manner) for following in islice(coming, 1))
                 progress.set_postfix({"task": task.label})
-                yield self._score(model, task, tokens, no_question, progress)
+                yield self._score(model, task, *waiting.popleft().result(), manner, progress)
 
-    def _score(self, model: Model, task: Task, tokens: TaskTokens, no_question: TaskTokens | None, progress: Progress) -> TaskResult:
-        def ask(tokens: TaskTokens, examples: Sequence[int], mode: Mode, what: str) -> _Said:
-            return self._ask(model, f"{self.cache.key(task, self.draw)} {model.longest} {what}", tokens, examples, mode, progress)
+    def preload(self, model: Model, tasks: Sequence[Task], manner: Manner) -> None:
+        """Do all that comes before the first forward of each task, so that scoring them moves nothing to the device."""
+        for task in tasks:
+            tokens, no_question = self._tokens(model, task, manner)
+            for of_task, what in ((tokens, "all"), (no_question, "no question")):
+                if of_task is not None:
+                    own = shares(of_task, range(len(of_task)), self.world.size)[self.world.rank]
+                    self._forwards(model, self._name(model, task, what), of_task, own, manner, Predictions(of_task, model.target))
+
+    def _tokens(self, model: Model, task: Task, manner: Manner) -> tuple[TaskTokens, TaskTokens | None]:
+        """A task's rows as the model reads them, and for pointwise mutual information its answers to no question."""
+        without = manner.rule == "pmi" and task.kind == "multiple_choice"
+        no_question = self.cache.get(task, self.draw, no_question=True) if without else None
+        return self.cache.get(task, self.draw).cropped(model.longest, task.label), no_question
+
+    def _name(self, model: Model, task: Task, what: str) -> str:
+        return f"{self.cache.key(task, self.draw)} {model.longest} {what}"
+
+    def _score(
+        self, model: Model, task: Task, tokens: TaskTokens, no_question: TaskTokens | None, manner: Manner, progress: Progress
+    ) -> TaskResult:
+        def ask(tokens: TaskTokens, examples: Sequence[int], manner: Manner, what: str) -> _Said:
+            return self._ask(model, self._name(model, task, what), tokens, examples, manner, progress)
 
         began_s, every = time.perf_counter(), range(len(tokens))
-        said = ask(tokens, every, self.manner.mode, "all")
+        said = ask(tokens, every, manner, "all")
         slots, no_question_R = said.slots, None
         if no_question is not None:
-            beside = ask(no_question, every, self.manner.mode, "no question")
+            beside = ask(no_question, every, manner, "no question")
             slots, no_question_R = slots + beside.slots, continuation_logp(no_question, beside.logp_Q)
-        answers = answer(tokens, said.logp_Q, said.is_best_Q, self.manner.rule, no_question_R)
+        answers = answer(tokens, said.logp_Q, said.is_best_Q, manner.rule, no_question_R)
         seconds = time.perf_counter() - began_s
         audit, accepted = None, None
-        if self.manner.audit_examples:
-            chosen = np.unique(np.linspace(0, len(tokens) - 1, self.manner.audit_examples).round().astype(int)).tolist()
-            exact = ask(tokens, chosen, "exact", "audit")
-            again = answer(tokens, exact.logp_Q, exact.is_best_Q, self.manner.rule, no_question_R)
+        if manner.audit_examples:
+            chosen = np.unique(np.linspace(0, len(tokens) - 1, manner.audit_examples).round().astype(int)).tolist()
+            exact = ask(tokens, chosen, replace(manner, mode="exact"), "audit")
+            again = answer(tokens, exact.logp_Q, exact.is_best_Q, manner.rule, no_question_R)
             rows = np.concatenate([np.asarray(tokens.rows_of(example)) for example in chosen])
             audit = Audit.of(len(chosen), again.loss_R[rows], answers.loss_R[rows], answers.margin_E)
         if self.draft is not None:
@@ -158,29 +175,29 @@ class Evaluation:
             accepted = draft_accepted(model.target, self.draft, tokens, own, self.world)
         return TaskResult(task, said.mode, tokens, answers, len(tokens.token_N), slots, seconds, audit, accepted)
 
-    def _ask(self, model: Model, name: str, tokens: TaskTokens, examples: Sequence[int], mode: Mode, progress: Progress) -> _Said:
+    def _ask(self, model: Model, name: str, tokens: TaskTokens, examples: Sequence[int], manner: Manner, progress: Progress) -> _Said:
         """What the model says of some examples, each asked by one rank; 0 and false of all others."""
         found, slots = Predictions(tokens, model.target), 0
         own = shares(tokens, examples, self.world.size)[self.world.rank]
-        taken, forwards = self._forwards(model, name, tokens, own, mode, found)
+        taken, forwards = self._forwards(model, name, tokens, own, manner, found)
         for done in forwards:
             slots += done
             progress.update(done)
         return _Said(taken, *found.reduced(self.world), slots=int(self.world.sum_(torch.tensor([slots])).item()))
 
     def _forwards(
-        self, model: Model, name: str, tokens: TaskTokens, examples: Sequence[int], mode: Mode, found: Predictions
+        self, model: Model, name: str, tokens: TaskTokens, examples: Sequence[int], manner: Manner, found: Predictions
     ) -> tuple[Mode, Iterator[int]]:
         """The mode that was taken, and the slots of its forwards, each when it is done."""
-        if mode in ("auto", "tree") and examples and not model.why_no_tree:
-            name_of_tree = f"{name} tree {self.manner.piece_tokens}"
+        if manner.mode in ("auto", "tree") and examples and not model.why_no_tree:
+            name_of_tree = f"{name} tree {manner.piece_tokens}"
             if name_of_tree not in self._forests:
-                self._forests[name_of_tree] = plant(tokens, examples, self.manner.piece_tokens)
+                self._forests[name_of_tree] = plant(tokens, examples, manner.piece_tokens)
             forest = self._forests[name_of_tree]
             read = sum(len(tokens.row(row)) for example in examples for row in tokens.rows_of(example))
-            if mode == "tree" or read >= WORTH_A_TREE * forest.unique_tokens:
+            if manner.mode == "tree" or read >= WORTH_A_TREE * forest.unique_tokens:
                 return "tree", model.tree_forwards(forest, self.resident.get(name_of_tree, lambda: forest.pieces), found)
-        size = 1 if mode == "exact" else self.manner.batch_examples
+        size = 1 if manner.mode == "exact" else manner.batch_examples
         base = self.resident.get(f"{name} batches", lambda: base_batches(tokens, examples, BASE_EXAMPLES))
         return "exact" if size == 1 else "batched", model.batch_forwards(compose(base, size), found)
 

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from specforge.features.target import Target
 from specforge.log.progress import progress
 from specforge.suite.bundle import Task
-from specforge.suite.evaluate import Evaluation
+from specforge.suite.evaluate import Evaluation, Manner
 from specforge.suite.scoring import Model
 
 
@@ -19,6 +19,7 @@ class SuiteInTraining:
 
     evaluation: Evaluation
     tasks: Sequence[Task]
+    manner: Manner
     every_steps: int
 
     def __call__(self, model: PreTrainedModel, step: int) -> dict[str, float]:
@@ -31,7 +32,7 @@ class SuiteInTraining:
         trained, was_training = [parameter for parameter in model.parameters() if parameter.requires_grad], model.training
         try:
             with progress(None, description=f"suite after step {step}", world=self.evaluation.world) as bar:
-                results = list(self.evaluation.results(Model(Target(model)), self.tasks, bar))
+                results = list(self.evaluation.results(Model(Target(model)), self.tasks, self.manner, bar))
         finally:
             model.train(was_training)
             for parameter in trained:
