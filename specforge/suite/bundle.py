@@ -79,6 +79,7 @@ def read_tasks(folder: Path, labels: Collection[str] = (), shots: int | None = N
         )  # fmt: skip
         counts = entry["num_fewshot"] if shots is None else [shots]
         tasks += [replace(task, label=label if len(counts) == 1 else f"{label}-{count}shot", shots=count) for count in counts]
+    _refuse_twins([task.label for task in tasks], folder / "core.yaml")
     return tasks
 
 
@@ -98,7 +99,12 @@ def read_examples(task: Task) -> list[Example]:
             fields = files.parse_json(line)
         except ValueError as cause:
             raise DataError(f"{where}: is not JSON ({cause}); one line is one example.") from cause
-        examples.append(read(fields, where))
+        example = read(fields, where)
+        try:
+            "".join(example.contexts + example.continuations).encode()
+        except UnicodeEncodeError as cause:
+            raise DataError(f"{where}: holds half of a surrogate pair ({cause}), which is no text; correct the line.") from cause
+        examples.append(example)
     if not examples:
         raise DataError(f"{task.path}: holds no examples; a task needs at least one.")
     return examples
@@ -109,15 +115,20 @@ def _listed(path: Path) -> list[dict[str, Any]]:
         document = yaml.safe_load(read_document(path))
     except ConfigError as cause:
         raise DataError(f"{cause} A bundle has it at its top.") from cause
-    entries = document.get("icl_tasks")
+    except (yaml.YAMLError, ValueError) as cause:  # such as a date of month 13
+        raise DataError(f"{path}: is not YAML ({' '.join(str(cause).split())}); correct the file.") from cause
+    entries = (document or {}).get("icl_tasks")
     if not isinstance(entries, list) or not entries:
         raise DataError(f"{path}: icl_tasks must be a list of tasks; this is no CORE bundle, or one of another version.")
     for number, entry in enumerate(entries, 1):
         _check(entry, f"{path}: task {number}")
-    labels = [entry["label"] for entry in entries]
+    _refuse_twins([entry["label"] for entry in entries], path)
+    return entries
+
+
+def _refuse_twins(labels: list[str], path: Path) -> None:
     if len(set(labels)) < len(labels):
         raise DataError(f"{path}: label {next(x for x in labels if labels.count(x) > 1)!r} occurs twice; give each task its own.")
-    return entries
 
 
 def _check(entry: Any, where: str) -> None:
@@ -133,18 +144,27 @@ def _check(entry: Any, where: str) -> None:
 
 def _baselines(path: Path) -> dict[str, float]:
     text = files.read_bytes(path, DataError).decode("utf-8", errors="replace")
-    rows = csv.DictReader(io.StringIO(text))
+    try:
+        return _read_baselines(path, csv.DictReader(io.StringIO(text, newline="")))
+    except csv.Error as cause:
+        raise DataError(f"{path}: is not CSV ({cause}); correct the file.") from cause
+
+
+def _read_baselines(path: Path, rows: "csv.DictReader[str]") -> dict[str, float]:
     if not {"Eval Task", "Random baseline"} <= set(rows.fieldnames or ()):
         raise DataError(f"{path}:1: the header must name 'Eval Task' and 'Random baseline'; this is another version of the file.")
-    found = {}
-    for row in rows:
-        try:
-            found[row["Eval Task"]] = float(row["Random baseline"])
-        except (TypeError, ValueError) as cause:
-            raise DataError(
-                f"{path}:{rows.line_num}: Random baseline={files.shown(row['Random baseline'])}: must be a number, in percent."
-            ) from cause
-    return found
+    return {row["Eval Task"]: _percent(row["Random baseline"], f"{path}:{rows.line_num}") for row in rows}
+
+
+def _percent(text: str | None, where: str) -> float:
+    """All right is 100, so chance is below it: what is centred divides by the difference."""
+    try:
+        number = float(text or "")
+    except ValueError:
+        number = -1.0
+    if not 0 <= number < 100:
+        raise DataError(f"{where}: Random baseline={files.shown(text)}: must be a number, in percent, from 0 to below 100.")
+    return number
 
 
 def _data_path(folder: Path, uri: str) -> Path:
