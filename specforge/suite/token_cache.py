@@ -26,7 +26,7 @@ FORMAT = 1
 _FILE = "tokens.safetensors"
 _TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt",
-    "tokenizer.model", "spiece.model", "*.tiktoken",
+    "*.model", "*.spm", "*.tiktoken",
 )  # fmt: skip
 _log = logging.getLogger(__name__)
 
@@ -49,6 +49,8 @@ class TokenCache:
         self._held: dict[str, TaskTokens] = {}
 
     def key(self, task: Task, draw: Draw, *, no_question: bool = False) -> str:
+        if not task.path.is_file():
+            raise DataError(f"{task.path}: there is no such file; task {task.label!r} needs it, or leave it out by --tasks.")
         identity = {
             "tokenizer": self._tokenizer_digest, "data": self._fingerprints.sha256(task.path), "kind": task.kind, "shots": task.shots,
             "delimiter": task.delimiter, "order_seed": ORDER_SEED, **asdict(draw), "first": self._first,
@@ -65,8 +67,6 @@ class TokenCache:
         Raises:
             DataError: the data or the tokenizer cannot be used.
         """
-        if not task.path.is_file():
-            raise DataError(f"{task.path}: there is no such file; task {task.label!r} needs it, or leave it out by --tasks.")
         key = self.key(task, draw, no_question=no_question)
         if key not in self._held:
             entry = self.root / key
@@ -98,7 +98,10 @@ class TokenCache:
     def _read(self, entry: Path) -> TaskTokens | None:
         try:
             files.verify(entry, DataError, fingerprints=self._fingerprints)
-            with files.open_tensors(entry / _FILE, DataError) as stored:
+            with (
+                files.open_tensors(entry / _FILE, DataError) as stored,
+                files.foreign(entry / _FILE, DataError, "numpy has no such numbers"),
+            ):
                 arrays = {name: stored.get_tensor(name).numpy() for name in stored.keys()}  # noqa: SIM118
             return _checked(arrays, entry)
         except DataError as damage:
@@ -126,7 +129,7 @@ def _checked(arrays: dict[str, np.ndarray], entry: Path) -> TaskTokens:
     offsets = ((tokens.row_start_R1, len(tokens.token_N)), (tokens.example_start_E1, rows))
     per_row = (tokens.scored_R, tokens.continuation_R, tokens.chars_R, tokens.bytes_R)
     good = (
-        all(len(x) > 1 and x[0] == 0 and x[-1] == end and (np.diff(x) > 0).all() for x, end in offsets)
+        all(len(x) > 1 and x[0] == 0 and x[-1] == end and (x[:-1] < x[1:]).all() for x, end in offsets)
         and len(tokens.example_start_E1) == examples + 1
         and all(len(x) == rows and (x >= 0).all() for x in per_row)
         and (tokens.scored_R <= tokens.lengths_R).all()

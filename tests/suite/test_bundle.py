@@ -127,6 +127,7 @@ def test_files_that_are_missing(tmp_path: Path) -> None:
         ),
         ([entry("a", continuation_delimiter=3)], "FOLDER/core.yaml: task 1 ('a'): continuation_delimiter=3: must be a text."),
         ([entry("a"), entry("b"), entry("a")], "FOLDER/core.yaml: label 'a' occurs twice; give each task its own."),
+        ([entry("a", shots=[1, 2]), entry("a", shots=[3])], "FOLDER/core.yaml: label 'a' occurs twice; give each task its own."),
         ([entry("a", shots=[1, 2, 1])], "FOLDER/core.yaml: label 'a-1shot' occurs twice; give each task its own."),
         ([entry("c")], "FOLDER/eval_meta_data.csv: task 'c' has no row there; add its random baseline."),
         ([entry("a", uri="../a.jsonl")], "file name '../a.jsonl' listed in FOLDER/eval_data: must be relative and stay inside"),

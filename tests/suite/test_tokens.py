@@ -105,6 +105,16 @@ def test_a_token_across_the_border_counts_from_what_is_shared() -> None:
         assert (tokens.scored_R.tolist(), tokens.continuation_R.tolist()) == ([scored], [continuation])
 
 
+def test_a_continuation_that_makes_the_text_shorter_begins_at_its_end() -> None:
+    """`abc` has a token for each letter and `abcd` is a single one, as tokenizers of words have it."""
+
+    def words(texts: list[str]) -> list[list[int]]:
+        return [[9] if text == "abcd" else list(map(ord, text)) for text in texts]
+
+    tokens = tokenise([prompt(["abc"], ["d"])], "language_modeling", words, BOS)
+    assert (tokens.row(0).tolist(), tokens.scored_R.tolist(), tokens.continuation_R.tolist()) == ([BOS, 9], [1], [2])
+
+
 def test_without_a_token_in_front() -> None:
     tokens = tokenise([prompt(["a b"], ["cd"])], "language_modeling", letters, None)
     assert tokens.row(0).tolist() == letters(["a bcd"])[0]
@@ -166,6 +176,6 @@ def test_a_span_that_does_not_fit_is_refused() -> None:
 
 def test_a_row_without_a_span_may_lose_everything_but_its_end() -> None:
     tokens = tokenise([prompt(["long context "] * 2, ["cat", "cat"])], "multiple_choice", letters, BOS)
-    cut = tokens.cropped(4, "a")
-    assert (cut.lengths_R.tolist(), cut.scored_R.tolist(), cut.continuation_R.tolist()) == ([4, 4], [4, 4], [0, 0])
+    cut = tokens.cropped(2, "a")
+    assert (cut.lengths_R.tolist(), cut.scored_R.tolist(), cut.continuation_R.tolist()) == ([2, 2], [2, 2], [0, 0])
     assert cut.first_R.tolist() == [1, 1]
