@@ -15,8 +15,8 @@ from specforge.errors import ConfigError
 
 def run(words: Sequence[str]) -> int:
     given = _parser().parse_args(words)
-    for name, least in (("max_per_task", 0), ("batch", 1), ("piece_tokens", 1), ("max_length", 0), ("audit", 0)):
-        if getattr(given, name) < least:
+    for name, least in (("num_shots", 0), ("max_per_task", 0), ("batch", 1), ("piece_tokens", 1), ("max_length", 0), ("audit", 0)):
+        if (getattr(given, name) or 0) < least:
             raise ConfigError(f"--{name.replace('_', '-')} {getattr(given, name)}: must be at least {least}; give a larger number.")
 
     from transformers import AutoTokenizer

@@ -83,7 +83,7 @@ def _digest(identity: dict[str, Any]) -> str:
 
 def _file_name(label: str) -> str:
     """Labels are free text; what no file name may hold becomes an underscore, and a hash keeps two such labels apart."""
-    plain = "".join(letter if letter.isalnum() or letter in "-_." else "_" for letter in label)[:80]
-    return (
-        plain if plain == label and not plain.startswith(".") else f"{plain.lstrip('.')}-{hashlib.sha256(label.encode()).hexdigest()[:8]}"
-    )
+    plain = "".join(letter if (letter.isascii() and letter.isalnum()) or letter in "-_." else "_" for letter in label)[:80]
+    if plain and plain == label and not plain.startswith("."):
+        return plain
+    return f"{plain.lstrip('.')}-{hashlib.sha256(label.encode()).hexdigest()[:8]}"
