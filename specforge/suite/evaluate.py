@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from specforge.distributed import World
+from specforge.errors import DataError
 from specforge.log.progress import Progress
 from specforge.suite.agreement import draft_accepted
 from specforge.suite.batches import base_batches, compose
@@ -144,7 +145,13 @@ class Evaluation:
         """A task's rows as the model reads them, and for pointwise mutual information its answers to no question."""
         without = manner.rule == "pmi" and task.kind == "multiple_choice"
         no_question = self.cache.get(task, self.draw, no_question=True) if without else None
-        return self.cache.get(task, self.draw).cropped(model.longest, task.label), no_question
+        tokens = self.cache.get(task, self.draw).cropped(model.longest, task.label)
+        if (largest := int(tokens.token_N.max())) >= model.target.vocab_size:
+            raise DataError(
+                f"task {task.label!r}: the tokenizer gives token {largest} and the model knows {model.target.vocab_size}; "
+                "give --tokenizer the folder of the model's own."
+            )
+        return tokens, no_question
 
     def _name(self, model: Model, task: Task, what: str) -> str:
         return f"{self.cache.key(task, self.draw)} {model.longest} {what}"
@@ -189,7 +196,9 @@ class Evaluation:
         self, model: Model, name: str, tokens: TaskTokens, examples: Sequence[int], manner: Manner, found: Predictions
     ) -> tuple[Mode, Iterator[int]]:
         """The mode that was taken, and the slots of its forwards, each when it is done."""
-        if manner.mode in ("auto", "tree") and examples and not model.why_no_tree:
+        predicts_R = tokens.first_R < tokens.lengths_R
+        to_predict = any(predicts_R[row] for example in examples for row in tokens.rows_of(example))
+        if manner.mode in ("auto", "tree") and to_predict and not model.why_no_tree:
             name_of_tree = f"{name} tree {manner.piece_tokens}"
             if name_of_tree not in self._forests:
                 self._forests[name_of_tree] = plant(tokens, examples, manner.piece_tokens)
