@@ -13,7 +13,7 @@ from specforge.errors import DataError
 from specforge.features.target import Target
 from specforge.log.progress import progress
 from specforge.suite.bundle import Task, read_tasks
-from specforge.suite.evaluate import Manner, Mode, TaskResult, evaluate, shares
+from specforge.suite.evaluate import Evaluation, Manner, Mode, TaskResult, shares
 from specforge.suite.prompts import Draw
 from specforge.suite.scoring import Model
 from specforge.suite.token_cache import TokenCache
@@ -37,12 +37,13 @@ def tasks(target: Path) -> list[Task]:
 def test_shares_cover_each_example_once(ranks: int) -> None:
     """Longest first to whoever has least, so no rank is ahead of another by more than one example."""
     tokens = ragged_task(5, 40)
-    given = shares(tokens, ranks)
+    given = shares(tokens, range(40), ranks)
     assert len(given) == ranks
     assert sorted(example for share in given for example in share) == list(range(40))
     longest = [max(len(tokens.row(row)) for row in tokens.rows_of(example)) for example in range(40)]
     work = [sum(longest[example] for example in share) for share in given]
     assert max(work) - min(work) <= max(longest)
+    assert sorted(map(tuple, shares(tokens, [3, 1], 2))) == [(1,), (3,)], "of two examples each rank scores one"
     for share in given:
         assert [longest[example] for example in share] == sorted((longest[example] for example in share), reverse=True)
     if ranks > 40:
@@ -58,8 +59,9 @@ def score(world: World, target: Path, tasks: list[Task], calls: Path, modes: tup
         return AutoTokenizer.from_pretrained(target)
 
     model, cache = Model(Target.load(target, "float32")), TokenCache(calls.parent / "cache", target, load, "eos")
+    evaluation = Evaluation(cache, draw, world)
     with progress(None, world=world) as bar:
-        return [list(evaluate(model, tasks, cache, draw, Manner(mode, batch_examples=3), world, bar)) for mode in modes]
+        return [list(evaluation.results(model, tasks, Manner(mode, batch_examples=3), bar)) for mode in modes]
 
 
 @pytest.mark.parametrize(("world", "draw"), [(2, Draw()), (4, Draw(max_examples=3))], ids=["2 ranks", "4 ranks, 3 examples"])
@@ -100,4 +102,4 @@ def test_tokens_that_the_model_does_not_know_are_said(target: Path, tmp_path: Pa
     tokenizer.add_tokens(["zebra"])
     model, cache = Model(Target.load(target, "float32")), TokenCache(tmp_path, target, lambda: tokenizer, "eos")
     with pytest.raises(DataError, match=rf"task 'zoo': the tokenizer gives token {known} and the model knows {known}; give"):
-        next(evaluate(model, [task], cache, Draw(), Manner(), World(), progress(None)))
+        next(Evaluation(cache, Draw(), World()).results(model, [task], Manner(), progress(None)))
