@@ -145,13 +145,7 @@ class Evaluation:
         """A task's rows as the model reads them, and for pointwise mutual information its answers to no question."""
         without = manner.rule == "pmi" and task.kind == "multiple_choice"
         no_question = self.cache.get(task, self.draw, no_question=True) if without else None
-        tokens = self.cache.get(task, self.draw).cropped(model.longest, task.label)
-        if (largest := int(tokens.token_N.max())) >= model.target.vocab_size:
-            raise DataError(
-                f"task {task.label!r}: the tokenizer gives token {largest} and the model knows {model.target.vocab_size}; "
-                "give --tokenizer the folder of the model's own."
-            )
-        return tokens, no_question
+        return _read(model, task, self.cache.get(task, self.draw)), no_question and _read(model, task, no_question)
 
     def _name(self, model: Model, task: Task, what: str) -> str:
         return f"{self.cache.key(task, self.draw)} {model.longest} {what}"
@@ -209,6 +203,16 @@ class Evaluation:
         size = 1 if manner.mode == "exact" else manner.batch_examples
         base = self.resident.get(f"{name} batches", lambda: base_batches(tokens, examples, BASE_EXAMPLES))
         return "exact" if size == 1 else "batched", model.batch_forwards(compose(base, size), found)
+
+
+def _read(model: Model, task: Task, tokens: TaskTokens) -> TaskTokens:
+    """Rows as the model reads them: at most as long as it can, of tokens that it knows."""
+    if (largest := int(tokens.token_N.max())) >= model.target.vocab_size:
+        raise DataError(
+            f"task {task.label!r}: the tokenizer gives token {largest} and the model knows {model.target.vocab_size}; "
+            "give --tokenizer the folder of the model's own."
+        )
+    return tokens.cropped(model.longest, task.label)
 
 
 def shares(tokens: TaskTokens, examples: Sequence[int], ranks: int) -> list[list[int]]:
