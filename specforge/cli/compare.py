@@ -167,7 +167,13 @@ class Comparison:
     def _training_speeds(self) -> dict[str, float]:
         """Median of the training tokens of a second, one thread; the first interval, which warms up, does not count."""
         steps = min(TIMED_STEPS, self.steps)
-        few = [f"train.steps={steps}", f"train.log_every={max(steps // 6, 1)}", "train.eval_every=0", "train.save_every=0"]
+        few = [
+            f"train.steps={steps}",
+            f"train.log_every={max(steps // 6, 1)}",
+            "train.eval_every=0",
+            "train.save_every=0",
+            "eval.max_samples=1",
+        ]
         speeds: dict[str, list[float]] = {name: [] for name in INTERMEDIATE_SIZES}
         for _, (name, of_name) in product(range(TIMED_LAPS), speeds.items()):
             with tempfile.TemporaryDirectory(dir=self.out) as folder:
