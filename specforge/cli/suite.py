@@ -46,18 +46,21 @@ def run(words: Sequence[str]) -> int:
     world = World.join()
     set_threads(world)
     cache = TokenCache(Path(given.cache), tokenizer_path, load_tokenizer, given.bos)
-    fingerprint = world.on_main(lambda: files.Fingerprints(Path(given.cache) / ".fingerprints.json").fingerprint(folder))
-
     draft = read_draft(given.draft, folder, None) if given.draft else None
     if draft is not None and draft.method is None:
         raise ConfigError(f"--draft {given.draft}: learned nothing that could be compared; give a checkpoint.")
 
+    prints = files.Fingerprints(Path(given.cache) / ".fingerprints.json")
+    model_print, draft_print = world.on_main(
+        lambda: (prints.fingerprint(folder), prints.fingerprint(Path(draft.name) / "draft") if draft else "")
+    )
+
     def identity_of(task: Any) -> dict[str, Any]:
         return {
             "tokens": cache.key(task, draw),
-            "model": fingerprint,
+            "model": model_print,
             "dtype": given.dtype,
-            "draft": draft.name if draft else "",
+            "draft": draft_print,
             "max_length": given.max_length,
             **asdict(manner),
         }
