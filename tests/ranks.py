@@ -42,7 +42,7 @@ def run_ranks(fn: Callable[..., Any], *args: Any, world: int = 2, timeout_s: flo
         folder = Path(name)
         processes = start_ranks(fn, *args, world=world, folder=folder, timeout_s=timeout_s)
         try:
-            unfinished = _wait(processes, timeout_s + 0.5)  # by then the stacks are written
+            unfinished = wait_for_ranks(processes, timeout_s + 0.5)  # by then the stacks are written
         finally:
             for process in processes:
                 process.kill()
@@ -127,17 +127,15 @@ def _run_rank(fn: Callable[..., Any], args: tuple[Any, ...], rank: int, size: in
     _value(folder, rank).write_bytes(value)
 
 
-def _wait(processes: Sequence[BaseProcess], timeout_s: float) -> list[int]:
+def wait_for_ranks(processes: Sequence[BaseProcess], timeout_s: float) -> list[int]:
     """Wait until every process ended or one of them failed; return the ranks that outlived the time."""
     deadline = time.monotonic() + timeout_s
-    while running := [process for process in processes if process.exitcode is None]:
-        remaining_s = deadline - time.monotonic()
-        if remaining_s <= 0:
-            return [rank for rank, process in enumerate(processes) if process in running]
-        connection.wait([process.sentinel for process in running], remaining_s)
-        if any(process.exitcode for process in processes):
+    while True:
+        running = [process for process in processes if process.exitcode is None]
+        if not running or any(process.exitcode for process in processes):
             return []
-    return []
+        if not connection.wait([process.sentinel for process in running], deadline - time.monotonic()):
+            return [rank for rank, process in enumerate(processes) if process in running]
 
 
 def raise_first_error(folder: Path) -> None:
