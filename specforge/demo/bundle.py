@@ -2,13 +2,14 @@
 
     python -m specforge.demo.bundle runs/bundle --examples 100
 
-Whoever answers must tell a question's own answer from three others (multiple choice), an answer's own question from another one (schema),
-or say the answer word for word (language modelling).
+Whoever answers must tell a question's own answer, or the name of a function, from three others (multiple choice), an answer's own question
+from another one (schema), or say the answer word for word (language modelling).
 """
 
 import argparse
 import json
 import random
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ TASKS = (
     ("literal_zero", "multiple_choice", "literal", 0, _ANSWER, 25),
     ("literal_ten", "multiple_choice", "literal", 10, _ANSWER, 25),
     ("letters_three", "letters", "literal", 3, _ANSWER, 25),
+    ("names_zero", "names", "docstring", 0, _ANSWER, 25),
+    ("names_ten", "names", "docstring", 10, _ANSWER, 25),
     ("prose_schema_zero", "schema", "prose", 0, " ", 50),
     ("literal_schema_three", "schema", "literal", 3, _ANSWER, 50),
     ("prose_words_zero", "language_modeling", "prose", 0, " ", 0),
@@ -43,7 +46,7 @@ def write_bundle(folder: Path, examples: int) -> Path:
     for label, kind, domain, shots, delimiter, baseline_pct in TASKS:
         rows = list(_rows(kind, exchanges[domain], examples))
         (folder / "eval_data" / f"{label}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        written = "multiple_choice" if kind == "letters" else kind
+        written = "multiple_choice" if kind in ("letters", "names") else kind
         listed += ["-", f"  label: {label}", f"  dataset_uri: {label}.jsonl", f"  num_fewshot: [{shots}]", f"  icl_task_type: {written}"]
         listed.append(f"  continuation_delimiter: {json.dumps(delimiter)}")
         described.append(f'{label},python,{written},{shots},{len(rows)},{baseline_pct},,"{domain} exchanges, {shots} shots"')
@@ -54,12 +57,14 @@ def write_bundle(folder: Path, examples: int) -> Path:
 
 def _rows(kind: str, exchanges: Sequence[Exchange], examples: int) -> Iterator[dict[str, Any]]:
     choice = random.Random(kind)
+    if kind == "names":
+        exchanges = [(f"Which function is this?\n{said}", name) for ask, said in exchanges if (name := _public_name(ask))]
     for index, (ask, answer) in enumerate(exchanges[:examples]):
         others = choice.sample([exchange for exchange in exchanges if exchange[1] != answer and exchange[0] != ask], 3)
         gold = choice.randrange(len(LETTERS))
         answers = [said for _, said in others]
         answers.insert(gold, answer)
-        if kind == "multiple_choice":
+        if kind in ("multiple_choice", "names"):
             yield {"query": ask, "choices": answers, "gold": gold}
         elif kind == "letters":
             shown = "\n".join(f"{letter}. {said}" for letter, said in zip(LETTERS, answers, strict=True))
@@ -71,11 +76,19 @@ def _rows(kind: str, exchanges: Sequence[Exchange], examples: int) -> Iterator[d
             yield {"context": ask, "continuation": answer}
 
 
+def _public_name(source: str) -> str:
+    """Of the function that is shown; empty where it begins with an underscore."""
+    found = re.search(r"\bdef ([a-z]\w*)\(", source)
+    return found.group(1) if found else ""
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Write a small bundle of tasks for `specforge suite`.")
     parser.add_argument("out", type=Path, metavar="FOLDER")
     parser.add_argument("--examples", type=int, default=100, help="of each task (default 100)")
     given = parser.parse_args(argv)
+    if given.out.exists():
+        parser.error(f"{given.out}: exists already; name a new folder, or remove it.")
     print(write_bundle(given.out, given.examples))
 
 
