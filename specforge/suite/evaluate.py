@@ -2,11 +2,11 @@
 
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, Literal, NamedTuple, Self, cast
 
 import numpy as np
 import torch
@@ -15,15 +15,16 @@ from specforge.distributed import World
 from specforge.errors import DataError
 from specforge.log.progress import Progress
 from specforge.suite.agreement import draft_accepted
-from specforge.suite.batches import base_batches, compose
+from specforge.suite.batches import Batch, base_batches, compose
 from specforge.suite.bundle import Task
-from specforge.suite.forest import Forest, plant
+from specforge.suite.forest import Forest, TreePiece, plant, trie_of
 from specforge.suite.prompts import Draw
 from specforge.suite.resident import RESIDENT_BYTES, Resident
 from specforge.suite.rules import Answers, Rule, answer, centred, class_scores, continuation_logp
 from specforge.suite.scoring import Model, Predictions
 from specforge.suite.token_cache import TokenCache
 from specforge.suite.tokens import TaskTokens
+from specforge.suite.trie import Trie
 
 Mode = Literal["auto", "exact", "batched", "tree"]
 BASE_EXAMPLES = 4
@@ -93,6 +94,30 @@ class TaskResult:
         return numbers
 
 
+class _Work(NamedTuple):
+    """The forwards over some examples of a task, on the device."""
+
+    mode: Mode
+    """The one that was taken."""
+    forwards: Iterable[Batch] | Iterable[TreePiece]
+    forest: Forest | None
+    """None: batches."""
+    unique_tokens: int
+    examples: int
+
+    def done(self, model: Model, found: Predictions) -> Iterator[tuple[int, int]]:
+        """Slots of each forward when it is done, and how many of the unique tokens are done by then."""
+        parts, all_parts = 0, self.forest.slots if self.forest else self.examples
+        for forward in self._run(model, found):
+            parts += forward.slots if isinstance(forward, TreePiece) else len(forward)
+            yield forward.slots, self.unique_tokens * parts // all_parts
+
+    def _run(self, model: Model, found: Predictions) -> Iterator[Batch] | Iterator[TreePiece]:
+        if self.forest:
+            return model.tree_forwards(self.forest, cast(Iterable[TreePiece], self.forwards), found)
+        return model.batch_forwards(cast(Iterable[Batch], self.forwards), found)
+
+
 class _Said(NamedTuple):
     mode: Mode
     logp_Q: np.ndarray
@@ -111,12 +136,13 @@ class Evaluation:
     def __init__(self, cache: TokenCache, draw: Draw, world: World, draft: Any = None, resident_bytes: int = RESIDENT_BYTES) -> None:
         self.cache, self.draw, self.world, self.draft = cache, draw, world, draft
         self.resident = Resident(world.device, resident_bytes)
+        self._tries: dict[str, Trie] = {}
         self._forests: dict[str, Forest] = {}
 
     def results(
         self, model: Model, tasks: Sequence[Task], manner: Manner, progress: Progress, ahead_tasks: int = 1
     ) -> Iterator[TaskResult]:
-        """The result of each task, on every rank, when its last forward is done; `progress` counts token slots.
+        """The result of each task, on every rank, when its last forward is done; `progress` counts unique tokens.
 
         Args:
             ahead_tasks: of so many tasks the tokens are made while one is scored.
@@ -127,9 +153,9 @@ class Evaluation:
         with ThreadPoolExecutor(max_workers=1) as ahead:
             coming = iter(tasks)
             waiting = deque(ahead.submit(self._tokens, model, task, manner) for task in islice(coming, ahead_tasks))
-            for task in tasks:
+            for number, task in enumerate(tasks, 1):
                 waiting.extend(ahead.submit(self._tokens, model, following, manner) for following in islice(coming, 1))
-                progress.set_postfix({"task": task.label})
+                progress.set_postfix({"task": f"{number}/{len(tasks)} {task.label}"})
                 yield self._score(model, task, *waiting.popleft().result(), manner, progress)
 
     def preload(self, model: Model, tasks: Sequence[Task], manner: Manner) -> None:
@@ -139,7 +165,7 @@ class Evaluation:
             for of_task, what in ((tokens, "all"), (no_question, "no question")):
                 if of_task is not None:
                     own = shares(of_task, range(len(of_task)), self.world.size)[self.world.rank]
-                    self._forwards(model, self._name(model, task, what), of_task, own, manner, Predictions(of_task, model.target))
+                    self._work(model, self._name(model, task, what), of_task, own, manner)
 
     def _tokens(self, model: Model, task: Task, manner: Manner) -> tuple[TaskTokens, TaskTokens | None]:
         """A task's rows as the model reads them, and for pointwise mutual information its answers to no question."""
@@ -167,7 +193,7 @@ class Evaluation:
         audit, accepted = None, None
         if manner.audit_examples:
             chosen = np.unique(np.linspace(0, len(tokens) - 1, manner.audit_examples).round().astype(int)).tolist()
-            exact = ask(tokens, chosen, replace(manner, mode="exact"), "audit")
+            exact = ask(tokens, chosen, replace(manner, mode="exact"), f"audit {manner.audit_examples}")
             again = answer(tokens, exact.logp_Q, exact.is_best_Q, manner.rule, no_question_R)
             rows = np.concatenate([np.asarray(tokens.rows_of(example)) for example in chosen])
             audit = Audit.of(len(chosen), again.loss_R[rows], answers.loss_R[rows], answers.margin_E)
@@ -178,31 +204,30 @@ class Evaluation:
 
     def _ask(self, model: Model, name: str, tokens: TaskTokens, examples: Sequence[int], manner: Manner, progress: Progress) -> _Said:
         """What the model says of some examples, each asked by one rank; 0 and false of all others."""
-        found, slots = Predictions(tokens, model.target), 0
+        found, slots, told = Predictions(tokens, model.target), 0, 0
         own = shares(tokens, examples, self.world.size)[self.world.rank]
-        taken, forwards = self._forwards(model, name, tokens, own, manner, found)
-        for done in forwards:
-            slots += done
-            progress.update(done)
-        return _Said(taken, *found.reduced(self.world), slots=int(self.world.sum_(torch.tensor([slots])).item()))
+        work = self._work(model, name, tokens, own, manner)
+        for of_forward, done in work.done(model, found):
+            slots += of_forward
+            progress.update(done - told)
+            told = done
+        return _Said(work.mode, *found.reduced(self.world), slots=int(self.world.sum_(torch.tensor([slots])).item()))
 
-    def _forwards(
-        self, model: Model, name: str, tokens: TaskTokens, examples: Sequence[int], manner: Manner, found: Predictions
-    ) -> tuple[Mode, Iterator[int]]:
-        """The mode that was taken, and the slots of its forwards, each when it is done."""
-        predicts_R = tokens.first_R < tokens.lengths_R
-        to_predict = any(predicts_R[row] for example in examples for row in tokens.rows_of(example))
-        if manner.mode in ("auto", "tree") and to_predict and not model.why_no_tree:
-            name_of_tree = f"{name} tree {manner.piece_tokens}"
-            if name_of_tree not in self._forests:
-                self._forests[name_of_tree] = plant(tokens, examples, manner.piece_tokens)
-            forest = self._forests[name_of_tree]
+    def _work(self, model: Model, name: str, tokens: TaskTokens, examples: Sequence[int], manner: Manner) -> _Work:
+        if name not in self._tries:
+            self._tries[name] = trie_of(tokens, examples)
+        trie = self._tries[name]
+        if manner.mode in ("auto", "tree") and len(trie) and not model.why_no_tree:
             read = sum(len(tokens.row(row)) for example in examples for row in tokens.rows_of(example))
-            if manner.mode == "tree" or read >= WORTH_A_TREE * forest.unique_tokens:
-                return "tree", model.tree_forwards(forest, self.resident.get(name_of_tree, lambda: forest.pieces), found)
+            if manner.mode == "tree" or read >= WORTH_A_TREE * len(trie):
+                name_of_tree = f"{name} tree {manner.piece_tokens}"
+                if name_of_tree not in self._forests:
+                    self._forests[name_of_tree] = plant(tokens, examples, manner.piece_tokens, trie)
+                forest = self._forests[name_of_tree]
+                return _Work("tree", self.resident.get(name_of_tree, lambda: forest.pieces), forest, len(trie), len(examples))
         size = 1 if manner.mode == "exact" else manner.batch_examples
         base = self.resident.get(f"{name} batches", lambda: base_batches(tokens, examples, BASE_EXAMPLES))
-        return "exact" if size == 1 else "batched", model.batch_forwards(compose(base, size), found)
+        return _Work("exact" if size == 1 else "batched", compose(base, size), None, len(trie), len(examples))
 
 
 def _read(model: Model, task: Task, tokens: TaskTokens) -> TaskTokens:

@@ -63,10 +63,18 @@ class Forest:
         return sum(piece.slots for piece in self.pieces)
 
 
-def plant(tokens: TaskTokens, examples: Sequence[int], budget: int) -> Forest:
-    """The forest of some examples, in pieces of about `budget` nodes. The last token of a row is predicted and never read."""
-    rows = [row for example in examples for row in tokens.rows_of(example) if tokens.first_R[row] < tokens.lengths_R[row]]
-    trie = build([tokens.row(row)[:-1] for row in rows])
+def trie_of(tokens: TaskTokens, examples: Sequence[int]) -> Trie:
+    """What there is to read of some examples: the last token of a row is predicted and never read, nor is a row of which nothing is."""
+    return build([tokens.row(row)[:-1] for row in _rows(tokens, examples)])
+
+
+def _rows(tokens: TaskTokens, examples: Sequence[int]) -> list[int]:
+    return [row for example in examples for row in tokens.rows_of(example) if tokens.first_R[row] < tokens.lengths_R[row]]
+
+
+def plant(tokens: TaskTokens, examples: Sequence[int], budget: int, trie: Trie | None = None) -> Forest:
+    """The forest of some examples, in pieces of about `budget` nodes; `trie` is theirs, where it is there already."""
+    rows, trie = _rows(tokens, examples), trie or trie_of(tokens, examples)
     node, token, place = (list[np.ndarray]() for _ in range(3))
     for row, path in zip(rows, trie.path_R, strict=True):
         first = int(tokens.first_R[row])

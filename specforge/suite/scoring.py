@@ -63,14 +63,14 @@ class Model:
         self.why_no_tree = self.why_not_plain or _reason(self._compare_a_tree)
         """Why it cannot score a prefix tree; empty where it can."""
 
-    def batch_forwards(self, batches: Iterable[Batch], found: Predictions) -> Iterator[int]:
-        """Token slots of each forward, when it is done; the batches are on the model's device."""
+    def batch_forwards(self, batches: Iterable[Batch], found: Predictions) -> Iterator[Batch]:
+        """Each batch when its forward is done; they are on the model's device."""
         for batch in batches:
             self._score_batch(batch, found)
-            yield batch.slots
+            yield batch
 
     @torch.no_grad()
-    def tree_forwards(self, forest: Forest, pieces: Iterable[TreePiece], found: Predictions) -> Iterator[int]:
+    def tree_forwards(self, forest: Forest, pieces: Iterable[TreePiece], found: Predictions) -> Iterator[TreePiece]:
         """As `batch_forwards`; `pieces` are those of the forest, on the model's device.
 
         Raises:
@@ -83,7 +83,7 @@ class Model:
             if piece.kept:
                 session.keep([range(piece.slots)])
             self._note(last_MH[piece.node_X], piece.token_X, piece.place_X, found)
-            yield piece.slots
+            yield piece
 
     @torch.no_grad()
     def _score_batch(self, batch: Batch, found: Predictions) -> None:

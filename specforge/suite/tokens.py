@@ -5,6 +5,7 @@ Shapes: R texts (rows), E examples, N tokens of all rows.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from functools import cached_property
 from itertools import pairwise
 from typing import Self
 
@@ -43,7 +44,7 @@ class TaskTokens:
     def __len__(self) -> int:
         return len(self.gold_E)
 
-    @property
+    @cached_property
     def lengths_R(self) -> np.ndarray:
         return np.diff(self.row_start_R1)
 
@@ -53,12 +54,12 @@ class TaskTokens:
     def rows_of(self, example: int) -> range:
         return range(int(self.example_start_E1[example]), int(self.example_start_E1[example + 1]))
 
-    @property
+    @cached_property
     def first_R(self) -> np.ndarray:
         """Where the first token that any rule needs stands; the token before it predicts it, so never 0."""
         return np.maximum(np.minimum(self.scored_R, self.continuation_R), 1)
 
-    @property
+    @cached_property
     def prediction_start_R1(self) -> np.ndarray:
         """Where the predictions of a row begin among those of all rows; the tokens from `first_R` to the row's end are predicted."""
         return np.concatenate([[0], np.cumsum(self.lengths_R - self.first_R)])
@@ -106,7 +107,8 @@ def tokenise(prompts: Sequence[Prompt], kind: str, tokenise: Tokenise, bos: int 
     texts = [text for prompt in prompts for text in prompt.texts]
     before = [start for prompt in prompts for start in prompt.before]
     rows = [first + ids for ids in tokenise(texts)]
-    contexts = dict(zip(stripped := [start.rstrip() for start in before], tokenise(stripped), strict=True))
+    stripped = [start.rstrip() for start in before]
+    contexts = dict(zip(different := list(dict.fromkeys(stripped)), tokenise(different), strict=True))
     sizes = [len(prompt.texts) for prompt in prompts]
     starts_E1 = np.concatenate([[0], np.cumsum(sizes)])
     scored: list[int] = []

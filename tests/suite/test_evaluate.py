@@ -1,8 +1,9 @@
 """One evaluation, as often as wanted: what is kept, audited, compared with no question, and done within a training."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import pytest
@@ -127,3 +128,50 @@ def test_a_training_goes_on_as_if_nothing_had_been_scored(target: Path, tasks: l
     assert model.training and all(before[name][0] == after[name][0] and before[name][1] is after[name][1] for name in before)
     centred = {f"suite/{x.task.label}": x.numbers()["centred"] for x in results(make(target), target, tasks, Manner())}
     assert numbers == {"suite/core": fmean(centred.values()), **centred}
+
+
+class Told:
+    """What a loop says of its progress."""
+
+    def __init__(self) -> None:
+        self.units: list[int] = []
+        self.tasks: list[str] = []
+
+    def update(self, n: int = 1) -> None:
+        self.units.append(n)
+
+    def set_postfix(self, numbers: Mapping[str, float | str]) -> None:
+        self.tasks.append(str(numbers["task"]))
+
+    def close(self) -> None: ...
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None: ...
+
+
+@pytest.mark.parametrize("mode", ["exact", "batched", "tree"])
+def test_progress_is_in_unique_tokens_whatever_the_mode(mode: Any, target: Path, tasks: list[Task]) -> None:
+    told, model = Told(), Model(Target.load(target, "float32"))
+    found = list(make(target).results(model, tasks, Manner(mode), told))
+    prefixes = [
+        {tuple(x.tokens.row(r)[:n]) for r in range(len(x.tokens.lengths_R)) for n in range(1, x.tokens.lengths_R[r])} for x in found
+    ]
+    assert sum(told.units) == sum(map(len, prefixes))
+    assert len(told.units) > len(tasks) and min(told.units) >= 0
+    assert told.tasks == [f"{number}/{len(tasks)} {task.label}" for number, task in enumerate(tasks, 1)]
+
+
+def test_audits_of_different_sizes_are_different_work(target: Path, tasks: list[Task]) -> None:
+    evaluation = make(target)
+    sizes = [
+        result.audit.examples
+        for n in (2, 5)
+        for result in results(evaluation, target, tasks[:1], Manner("tree", audit_examples=n))
+        if result.audit
+    ]
+    assert sizes == [2, 5]
+    [again] = results(evaluation, target, tasks[:1], Manner("tree", audit_examples=5))
+    [fresh] = results(make(target), target, tasks[:1], Manner("tree", audit_examples=5))
+    assert again.audit == fresh.audit

@@ -1,6 +1,7 @@
 """Padded batches of any size and the prefix tree give the numbers of CORE's sequential evaluation."""
 
 from collections.abc import Callable
+from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -70,12 +71,10 @@ def run(target: Target, tokens: TaskTokens, mode: str | int) -> tuple[np.ndarray
     model, found, every = Model(target), Predictions(tokens, target), range(len(tokens))
     assert not model.why_no_tree
     if isinstance(mode, int):
-        forwards = model.batch_forwards(compose(base_batches(tokens, every, 4), mode), found)
+        deque(model.batch_forwards(compose(base_batches(tokens, every, 4), mode), found), maxlen=0)
     else:
         forest = plant(tokens, every, int(mode.removeprefix("tree")))
-        forwards = model.tree_forwards(forest, forest.pieces, found)
-    for _ in forwards:
-        pass
+        deque(model.tree_forwards(forest, forest.pieces, found), maxlen=0)
     return found.reduced(World())
 
 
