@@ -5,6 +5,7 @@ of the machine meets all of them.
 """
 
 import argparse
+import math
 import sys
 import tempfile
 import time
@@ -20,9 +21,11 @@ from tqdm import tqdm
 from transformers import AutoTokenizer
 
 from specforge import files
+from specforge.bench import suite_peer
 from specforge.distributed import World
+from specforge.errors import SpecForgeError
 from specforge.features.target import Target
-from specforge.log.progress import Progress
+from specforge.log.progress import LineProgress, Progress
 from specforge.suite.batches import collate
 from specforge.suite.bundle import Task, read_tasks
 from specforge.suite.evaluate import BASE_EXAMPLES, Evaluation, Manner, TaskResult
@@ -149,6 +152,25 @@ def first_runs(
     return found
 
 
+class _Stopwatch(LineProgress):
+    """Stops when the first forward is done, and says nothing."""
+
+    def __init__(self) -> None:
+        super().__init__(None, every_s=math.inf)
+        self.first_s = math.nan
+
+    def update(self, n: int = 1) -> None:
+        if math.isnan(self.first_s):
+            self.first_s = time.perf_counter()
+
+
+def first_forward_s(model: Model, tasks: Sequence[Task], open_cache: Callable[[], TokenCache], draw: Draw, world: World) -> float:
+    """Wall seconds from tasks whose tokens are on the disk to the end of its first forward, every tier above the disk empty."""
+    began_s, watch = time.perf_counter(), _Stopwatch()
+    next(Evaluation(open_cache(), draw, world).results(model, tasks, Manner(), watch))
+    return watch.first_s - began_s
+
+
 def verdict(all_ways: Sequence[Way], dtype: torch.dtype) -> list[str]:
     """What is wrong, a sentence each."""
     faults = [f"{way.name}: answers {', '.join(way.flips[:5])} otherwise ({len(way.flips)} in all)" for way in all_ways if way.flips]
@@ -159,6 +181,32 @@ def verdict(all_ways: Sequence[Way], dtype: torch.dtype) -> list[str]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     given = _parser().parse_args(argv)
+    try:
+        numbers = _against_peer(given) if given.peer else _sweep(given)
+    except SpecForgeError as error:
+        print(f"bench_suite.py: {error}", file=sys.stderr)
+        return error.exit_code
+    for fault in numbers["faults"]:
+        print(f"FAULT {fault}", file=sys.stderr)
+    print(files.json_line(numbers))
+    return 1 if numbers["faults"] else 0
+
+
+def _against_peer(given: argparse.Namespace) -> dict[str, Any]:
+    python, bundle, draw = suite_peer.interpreter(), Path(given.bundle), Draw(given.max_per_task, shared_shots=given.shared_shots)
+    found = []
+    for task in read_tasks(bundle, given.tasks, given.num_shots):
+        found.append(numbers := suite_peer.compare(python, Path(given.model), bundle, task, draw, given.dtype))
+        print(
+            f"{task.label}, {task.shots} shots, {numbers['examples']} examples: {numbers['cpu_ms_per_example']:.1f} ms an example, "
+            f"lm-evaluation-harness {numbers['peer_cpu_ms_per_example']:.1f} ms, {numbers['times_less']:.2f} times as much; "
+            f"log-probabilities within {numbers['largest_difference']:.1e}, {len(numbers['answered_otherwise'])} answers differ",
+            flush=True,
+        )
+    return {"peer": found, "faults": [fault for numbers in found for fault in suite_peer.verdict(numbers)]}
+
+
+def _sweep(given: argparse.Namespace) -> dict[str, Any]:
     torch.set_num_threads(given.threads)
     world, folder = World.join(), Path(given.model)
     tasks = read_tasks(Path(given.bundle), given.tasks, given.num_shots)
@@ -173,21 +221,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         firsts = first_runs(model, tasks, make_cache, draw, all_ways, given.ahead)
     evaluation = Evaluation(make_cache(Path(given.cache)), draw, world, resident_bytes=given.resident_bytes)
     evaluation.preload(model, tasks, Manner(mode="batched", batch_examples=BASE_EXAMPLES))
+    started_s = first_forward_s(model, tasks, lambda: make_cache(Path(given.cache)), draw, world)
     sequential_s = cached_sweep(model, tasks, evaluation, all_ways)
-    numbers = {
-        "sequential_s": sequential_s, "ways": [way.numbers(sequential_s) for way in all_ways], "first_runs": firsts,
-        "faults": (faults := verdict(all_ways, model.target.dtype)),
-    }  # fmt: skip
     print(f"\n{'way':<16}{'seconds':>10}{'times faster':>14}{'slots':>12}{'difference':>12}")
     print(f"{'sequential':<16}{sequential_s:>10.2f}{1:>14.2f}")
     for way in all_ways:
         print(f"{way.name:<16}{way.seconds:>10.2f}{sequential_s / way.seconds:>14.2f}{way.slots:>12,}{way.largest_difference:>12.1e}")
     for first in firsts:
         print(f"first run, {first['way']}, {first['ahead_tasks']} tasks ahead: {first['wall_s']:.2f} s")
-    for fault in faults:
-        print(f"FAULT {fault}", file=sys.stderr)
-    print(files.json_line(numbers))
-    return 1 if faults else 0
+    print(f"first forward done {started_s:.2f} s after a cached suite of {len(tasks)} tasks is opened")
+    return {
+        "sequential_s": sequential_s, "ways": [way.numbers(sequential_s) for way in all_ways], "first_runs": firsts,
+        "cached_first_forward_s": started_s, "faults": verdict(all_ways, model.target.dtype),
+    }  # fmt: skip
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -208,4 +254,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--bos", choices=("bos", "eos", "none"), default="bos")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16", "float64"), default="float32")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument(
+        "--peer",
+        choices=("lm-eval",),
+        help="instead of a sweep, CPU time an example and results beside lm-evaluation-harness, in the environment of scripts/peer.sh",
+    )
     return parser

@@ -58,6 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run_and_exit() -> None:
     """The process entry. A rank leaves without Python's finalisation, in which a gloo thread that still lets go of a tensor aborts."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch is loaded; threads that spin starve each other on busy cores
     code = main()
     if "RANK" in os.environ:  # set by torchrun, and for the other launchers by World.join
         sys.stdout.flush()

@@ -270,6 +270,6 @@ def report(controller: TrainerController, state: TrainState) -> None:
 
 
 def set_threads(world: World) -> None:
-    """Share the cores of a machine among its ranks; torchrun by itself gives each rank one thread."""
-    if world.device.type == "cpu":
+    """Share the cores of a machine among its ranks. OMP_NUM_THREADS decides for one rank; of several it is torchrun that sets it, to 1."""
+    if world.device.type == "cpu" and (world.local_size > 1 or "OMP_NUM_THREADS" not in os.environ):
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // world.local_size))

@@ -75,7 +75,7 @@ def run(words: Sequence[str]) -> int:
     numbers = {label: known for label, known in done.items() if known}
     if world.is_main:
         for label, known in numbers.items():
-            print(f"{_line(label, width, known, None)}  (kept)")
+            print(f"{_line(label, width, known)}  (kept)")
     try:
         with progress(None, description="suite", world=world) as bar:
             waiting = [task for task in tasks if task.label not in numbers]
@@ -84,7 +84,7 @@ def run(words: Sequence[str]) -> int:
                 numbers[label] = result.numbers()
                 if world.is_main:
                     before = record.last_centred(label) if record else None
-                    print(_line(label, width, numbers[label], before), flush=True)
+                    print(_line(label, width, numbers[label], result.task.shots, before), flush=True)
                     if record:
                         record.write(result, identity_of(result.task))
     finally:
@@ -98,12 +98,14 @@ def run(words: Sequence[str]) -> int:
     return 0
 
 
-def _line(label: str, width: int, numbers: dict[str, Any], before: float | None) -> str:
+def _line(label: str, width: int, numbers: dict[str, Any], asked_shots: int = 0, before: float | None = None) -> str:
     line = f"{label:<{width}}  accuracy {numbers['accuracy']:.4f}  centred {numbers['centred']:+.4f}"
     if before is not None:
         change = numbers["centred"] - before
         line += f"  {'↑' if change > 0 else '↓' if change < 0 else '='} {change:+.4f}"
     line += f"  {numbers['mode']}, {numbers['slots']:,} of {numbers['row_tokens']:,} tokens, {numbers['seconds']:.1f} s"
+    if numbers["shots"] < asked_shots:
+        line += f"; {numbers['shots']} shots of {asked_shots}, as there are no more examples"
     if audit := numbers.get("audit"):
         difference, at_risk = audit["largest_difference"], len(audit["at_risk"])
         line += f"; {audit['examples']} again in exact: losses within {difference:.1e}, {at_risk} answers at risk"

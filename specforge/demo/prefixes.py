@@ -7,8 +7,6 @@ Every figure is of a process of its own on one thread. Seconds are those of scor
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -16,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from specforge import files
+from specforge.bench.child import run_child
 from specforge.demo.bundle import write_bundle
-from specforge.errors import SpecForgeError
 
 TARGET = Path(__file__).parent / "target"
 SETS = {
@@ -29,15 +27,9 @@ SETS = {
 
 def measure(words: Sequence[str]) -> dict[str, Any]:
     """The numbers of the one task that `specforge suite` scores, and `peak_mib`."""
-    command = [sys.executable, "-m", "specforge", "suite", *words]
-    with tempfile.TemporaryFile("w+") as printed:
-        process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=printed, stderr=subprocess.DEVNULL)
-        _, status, usage = os.wait4(process.pid, 0)
-        printed.seek(0)
-        if status:
-            raise SpecForgeError(f"`{' '.join(command)}` failed with status {status}; run it to see why.")
-        [task] = json.loads(printed.read().splitlines()[-1])["tasks"]
-    return {**task, "peak_mib": usage.ru_maxrss / 1024}
+    child = run_child([sys.executable, "-m", "specforge", "suite", *words])
+    [task] = json.loads(child.printed.splitlines()[-1])["tasks"]
+    return {**task, "peak_mib": child.peak_mib}
 
 
 def _line(name: str, task: dict[str, Any], exact_s: float) -> str:

@@ -81,6 +81,7 @@ class TaskResult:
         accuracy = self.answers.accuracy
         numbers: dict[str, Any] = {
             "task": self.task.label, "mode": self.mode, "examples": len(self.tokens), "accuracy": accuracy,
+            "shots": min(self.task.shots, len(self.tokens) - 1),
             "centred": centred(accuracy, self.task.baseline_pct), "centred_v2": centred(accuracy, self.task.baseline_v2_pct),
             "empty_spans": int(np.isnan(self.answers.loss_R).sum()), "row_tokens": self.row_tokens, "slots": self.slots,
             "seconds": self.seconds,

@@ -59,7 +59,7 @@ class Record:
             except ValueError as cause:
                 raise DataError(f"{path}:{number}: is not JSON ({cause}); move the file away to begin anew.") from cause
             kinds = {"task": str, "identity": str, "mode": str, "accuracy": float, "centred": float, "centred_v2": float, "seconds": float}
-            files.check_fields(fields, f"{path}:{number}", DataError, **kinds, slots=int, row_tokens=int)
+            files.check_fields(fields, f"{path}:{number}", DataError, **kinds, slots=int, row_tokens=int, shots=int)
             lines.append(fields)
         return lines
 

@@ -1,16 +1,20 @@
 """A whole run through `build_controller` and the command line: regenerate, train, resume, fork, evaluate."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from specforge import files
 from specforge.cli.__main__ import COMMANDS, main
-from specforge.cli.compose import build_controller, evaluate_checkpoint
+from specforge.cli.compose import build_controller, evaluate_checkpoint, set_threads
 from specforge.config import RunConfig, load_config
 from specforge.distributed import World
 from specforge.features.target import Target
@@ -238,3 +242,28 @@ def test_the_last_line_of_eval_is_json(prepared: tuple[Path, list[str]], tmp_pat
     assert len(calibration.scale) == len(numbers["eval/calibration/platt/per_position_ece"]) == numbers["eval/draft_tokens"]
     assert numbers["target_loads"] == 0 or Target.loads > 0
     assert numbers["eval/samples"] == 6
+
+
+def test_threads_that_wait_sleep() -> None:
+    """OpenMP says what it was told when it is loaded."""
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    told = subprocess.run(
+        [sys.executable, "-m", "specforge", "doctor"], env={**environment, "OMP_DISPLAY_ENV": "true"}, capture_output=True, text=True
+    )
+    assert "OMP_WAIT_POLICY = 'PASSIVE'" in told.stderr
+
+
+@pytest.mark.parametrize(("ranks", "said", "expected"), [(1, "1", 1), (1, None, 4), (2, "1", 2)])
+def test_who_says_how_many_threads(ranks: int, said: str | None, expected: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of one rank the user, of several nobody: torchrun's own 1 is not what anybody asked for."""
+    before = torch.get_num_threads()
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if said:
+        monkeypatch.setenv("OMP_NUM_THREADS", said)
+    torch.set_num_threads(1)
+    try:
+        set_threads(World(size=ranks, local_size=ranks))
+        assert torch.get_num_threads() == expected
+    finally:
+        torch.set_num_threads(before)

@@ -1,7 +1,7 @@
 """Padded batches of any size and the prefix tree give the numbers of CORE's sequential evaluation."""
 
-from collections.abc import Callable
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
