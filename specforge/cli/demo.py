@@ -1,7 +1,7 @@
 """`specforge demo`: the whole story on two cores, measured while you watch.
 
 The embedded target answers prompts made from this machine's Python sources; a draft is trained on the answers by two
-FSDP ranks, killed with SIGKILL, resumed from its best checkpoint, and measured on packages that nothing was trained on.
+FSDP ranks, killed with SIGKILL, resumed from its best checkpoint, and measured on packages that nothing was trained on. At last the target is scored on a small suite of tasks.
 """
 
 import argparse
@@ -22,11 +22,13 @@ from specforge import files
 from specforge.cli.table import acceptance_table
 from specforge.config import load_config
 from specforge.config.load import dump_config
+from specforge.demo.bundle import write_bundle
 from specforge.demo.rows import split_answers, write_prompts
 from specforge.errors import SpecForgeError
 from specforge.log.run_log import read_metrics
 
 TRAIN_PROMPTS, HELDOUT_PROMPTS, ANSWER_TOKENS = 2400, 260, 64
+SUITE_EXAMPLES = 20
 STEPS, EVERY, KILL_AFTER = 600, 100, 240
 CALM = {
     "OMP_NUM_THREADS": "1",
@@ -77,6 +79,8 @@ class Story:
         self._torchrun("train", str(self.config_path), f"train.resume_from={self.run_folder / 'best'}")
         self._say("5. measure the best checkpoint on the held-out answers; its features are in the cache, so no target is loaded")
         numbers = self._evaluate()
+        self._say("6. score the target on a small suite of tasks, and how much of it the draft would have foreseen")
+        numbers["core"] = self._score_suite()
         self._say("what was measured")
         self._summary(numbers, best["step"])
 
@@ -143,13 +147,25 @@ class Story:
         return max((line.get("step", 0) for line in read_metrics(self.run_folder / "metrics.jsonl")), default=0)
 
     def _evaluate(self) -> dict[str, Any]:
-        words = ["eval", str(self.config_path), "--checkpoint", str(self.run_folder / "best")]
+        return json.loads(self._specforge("eval", str(self.config_path), "--checkpoint", str(self.run_folder / "best"))[-1])
+
+    def _score_suite(self) -> float:
+        bundle = write_bundle(self.out / "bundle", SUITE_EXAMPLES)
+        *lines, last = self._specforge(
+            "suite", "--model", str(self.target), "--bundle", str(bundle), "--bos", "eos", "--draft", str(self.run_folder / "best"),
+            "--cache", str(self.out / "suite-tokens"), "--out", str(self.out / "suite"),
+        )  # fmt: skip
+        print("\n".join(lines))
+        return float(json.loads(last)["core"])
+
+    def _specforge(self, *words: str) -> list[str]:
+        """The lines that a command prints."""
         print("$ specforge " + " ".join(words), flush=True)
         environment = {**self._environment(), "OMP_NUM_THREADS": str(os.cpu_count() or 1)}
         done = subprocess.run([sys.executable, "-m", "specforge", *words], env=environment, check=False, stdout=subprocess.PIPE, text=True)
         if done.returncode:
             raise SpecForgeError(f"the command above failed with exit code {done.returncode}; its own message says why.")
-        return json.loads(done.stdout.splitlines()[-1])
+        return done.stdout.splitlines()
 
     def _summary(self, numbers: dict[str, Any], resumed_from_step: int) -> None:
         lines = read_metrics(self.run_folder / "metrics.jsonl", superseded=False)
@@ -170,6 +186,7 @@ class Story:
             "ngram_walk": numbers.get("eval/ngram_walk_acc_len"),
             "acc_len": numbers["eval/acc_len"],
             "simulated_acc_len": numbers["eval/simulated_acc_len"],
+            "core": numbers["core"],
             "best_step": files.read_json(self.run_folder / "best_meta.json")["step"],
             "resumed_from_step": resumed_from_step,
             "final_step": lines[-1]["step"],

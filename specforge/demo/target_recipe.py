@@ -1,6 +1,6 @@
 """How the embedded target was trained; one command does it again.
 
-    python -m specforge.demo.target_recipe --minutes 70 --out DIR
+    python -m specforge.demo.target_recipe --minutes 70 --out DIR [--suite BUNDLE]
 
 A byte-level BPE tokenizer of 4096 entries and a Llama of 2.4 million parameters, trained on source documents and on
 conversations about them. Hidden matrices are optimised by Muon, tables and norms by AdamW; the learning rate depends on
@@ -28,6 +28,12 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTra
 from specforge.demo.conversations import conversations
 from specforge.demo.corpus import digest, documents
 from specforge.demo.muon import Muon
+from specforge.distributed import World
+from specforge.suite.bundle import read_tasks
+from specforge.suite.evaluate import Evaluation, Manner
+from specforge.suite.in_training import SuiteInTraining
+from specforge.suite.prompts import Draw
+from specforge.suite.token_cache import TokenCache
 
 PAD, DOC, SYSTEM, USER, ASSISTANT, END = SPECIAL = ("<|pad|>", "<|doc|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
 CHAT_TEMPLATE = """\
@@ -175,8 +181,19 @@ class Progress:
         return self.steps * BATCH_ROWS * ROW_TOKENS
 
 
-def train(out: Path, minutes: float) -> None:
-    """Train for so many minutes in all, from the snapshot in `out` if there is one (moments start anew)."""
+def suite_hook(bundle: Path, tokenizer: PreTrainedTokenizerFast, out: Path, every_steps: int) -> SuiteInTraining:
+    """Scores the tasks of a bundle; what it makes of them lies in `out`."""
+    tokenizer.save_pretrained(folder := out / "tokenizer")
+    cache = TokenCache(out / "suite-tokens", folder, lambda: tokenizer)
+    return SuiteInTraining(Evaluation(cache, Draw(), World()), read_tasks(bundle), Manner(), every_steps)
+
+
+def train(out: Path, minutes: float, suite: Path | None = None, suite_every: int = 500) -> None:
+    """Train for so many minutes in all, from the snapshot in `out` if there is one (moments start anew).
+
+    Args:
+        suite: a bundle that is scored every `suite_every` steps, in time that does not count.
+    """
     out.mkdir(parents=True, exist_ok=True)
     snapshot, progress = out / "snapshot", Progress()
     if (snapshot / "progress.json").is_file():
@@ -189,6 +206,7 @@ def train(out: Path, minutes: float) -> None:
     batches = [Rows(stream, SEED + 2 * progress.steps + i) for i, stream in enumerate(stored_streams(out, tokenizer))]
     chosen, began_at = optimizers(model), progress.steps
     base = [group["lr"] for optimizer in chosen for group in optimizer.param_groups]
+    score = suite_hook(suite, tokenizer, out, suite_every) if suite else None
     rng, saved_s, marked = random.Random(SEED + progress.steps), progress.spent_s, time.time()
     while progress.spent_s < minutes * 60:
         share = progress.spent_s / (minutes * 60)
@@ -208,6 +226,9 @@ def train(out: Path, minutes: float) -> None:
             print(
                 f"step {progress.steps} loss {progress.loss_nats:.4f} {rate_per_s:.0f} tokens/s {progress.spent_s / 60:.1f} min", flush=True
             )
+        if score and (numbers := score(model, progress.steps)):
+            print(f"step {progress.steps} " + "  ".join(f"{name} {value:+.4f}" for name, value in numbers.items()), flush=True)
+            marked = time.time()
         if progress.spent_s - saved_s > 600:
             saved_s = progress.spent_s
             save(model, tokenizer, snapshot)
@@ -267,10 +288,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Train the embedded target again.")
     parser.add_argument("--minutes", type=float, default=70.0)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument(
+        "--suite", type=Path, metavar="BUNDLE", help="tasks to score on the way (`python -m specforge.demo.bundle` writes some)"
+    )
+    parser.add_argument("--suite-every", type=int, default=500, metavar="STEPS", help="how often (default 500)")
     given = parser.parse_args()
     warnings.simplefilter("ignore", SyntaxWarning)
     torch.set_num_threads(os.cpu_count() or 1)
-    train(given.out, given.minutes)
+    train(given.out, given.minutes, given.suite, given.suite_every)
 
 
 if __name__ == "__main__":

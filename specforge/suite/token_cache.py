@@ -70,9 +70,12 @@ class TokenCache:
         key = self.key(task, draw, no_question=no_question)
         if key not in self._held:
             entry = self.root / key
-            with files.writable(self.root, DataError), files.Lock(self.root / f".{key}.lock"):
-                found = self._read(entry) if entry.exists() else None
-                self._held[key] = found or self._make(entry, task, draw, no_question)
+            try:
+                self._held[key] = self._read(entry)  # an entry is complete or absent, so who only reads needs neither lock nor rights
+            except DataError:
+                with files.writable(self.root, DataError), files.Lock(self.root / f".{key}.lock"):
+                    found = self._read_or_discard(entry) if entry.exists() else None
+                    self._held[key] = found or self._make(entry, task, draw, no_question)
         return self._held[key]
 
     def _digest_of(self, folder: Path) -> str:
@@ -95,15 +98,18 @@ class TokenCache:
             save_file(tokens.tensors(), folder / _FILE)
         return tokens
 
-    def _read(self, entry: Path) -> TaskTokens | None:
+    def _read(self, entry: Path) -> TaskTokens:
+        files.verify(entry, DataError, fingerprints=self._fingerprints)
+        with (
+            files.open_tensors(entry / _FILE, DataError) as stored,
+            files.foreign(entry / _FILE, DataError, "numpy has no such numbers"),
+        ):
+            arrays = {name: stored.get_tensor(name).numpy() for name in stored.keys()}  # noqa: SIM118
+        return _checked(arrays, entry)
+
+    def _read_or_discard(self, entry: Path) -> TaskTokens | None:
         try:
-            files.verify(entry, DataError, fingerprints=self._fingerprints)
-            with (
-                files.open_tensors(entry / _FILE, DataError) as stored,
-                files.foreign(entry / _FILE, DataError, "numpy has no such numbers"),
-            ):
-                arrays = {name: stored.get_tensor(name).numpy() for name in stored.keys()}  # noqa: SIM118
-            return _checked(arrays, entry)
+            return self._read(entry)
         except DataError as damage:
             _log.warning("tokens are damaged and will be made again: %s", damage)
             files.discard(entry)

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 
@@ -12,7 +13,7 @@ from specforge.log.run_log import read_metrics
 
 pytestmark = pytest.mark.long
 KEYS = [
-    *("walk", "walk_low", "walk_high", "ngram_walk", "acc_len", "simulated_acc_len"),
+    *("walk", "walk_low", "walk_high", "ngram_walk", "acc_len", "simulated_acc_len", "core"),
     *("best_step", "resumed_from_step", "final_step", "seconds"),
 ]
 
@@ -27,6 +28,9 @@ def test_quickstart(tmp_path: Path) -> None:
     assert last["walk"] >= last["ngram_walk"] + 0.3
     assert last["walk_low"] <= last["walk"] <= last["walk_high"]
     assert 0 < last["resumed_from_step"] < last["final_step"]
+    tasks = [json.loads(line) for line in (tmp_path / "run" / "suite" / "tasks.jsonl").read_text().splitlines()]
+    assert last["core"] == pytest.approx(fmean(task["centred"] for task in tasks))
+    assert all(task["slots"] < task["row_tokens"] and 0 < task["draft_accepted"] < 1 for task in tasks)
     evaluations = [line for line in read_metrics(tmp_path / "run" / "run" / "metrics.jsonl") if line.get("step") == last["best_step"]]
     best = next(line for line in evaluations if "eval/walk_acc_len" in line)
     assert best["eval/ngram_walk_acc_len_high"] < last["walk_low"], "the two intervals do not touch"

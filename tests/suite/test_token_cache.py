@@ -83,6 +83,18 @@ def test_found_again_without_a_tokenizer(task: Task) -> None:
         cache_of(task, never).get(task, Draw(3))
 
 
+def test_a_reader_waits_for_no_lock(task: Task) -> None:
+    """As it could not take one where it may not write."""
+    made = cache_of(task).get(task, Draw())
+    [entry] = visible(task)
+    with files.Lock(entry.parent / f".{entry.name}.lock"):
+        reader = fork(lambda: assert_same(cache_of(task, never).get(task, Draw()), made))
+        reader.join(30)
+        reader.kill()
+        reader.join()
+    assert reader.exitcode == 0
+
+
 def test_made_and_found_are_the_direct_tokens(tmp_path: Path) -> None:
     folder, bundle = make_text_target(tmp_path / "target"), write_bundle(tmp_path / "bundle")
     tokenizer, draw = AutoTokenizer.from_pretrained(folder), Draw(max_examples=7, shared_shots=True)
