@@ -150,7 +150,8 @@ class DFlashDraft(nn.Module):
     def spread(self, x_EX: torch.Tensor) -> torch.Tensor:
         """Something of A anchors, and in a last row of the mask token, to all rows of the A blocks: [R, X]."""
         anchor_A1X, mask_11X = x_EX[:-1, None], x_EX[-1:, None]
-        return torch.cat([anchor_A1X, mask_11X.expand(len(anchor_A1X), self.config.block_size - 1, -1)], 1).flatten(0, 1)
+        mask_1kX = mask_11X.expand(-1, self.config.block_size - 1, -1)  # first, so that its gradient is summed over whole blocks
+        return torch.cat([anchor_A1X, mask_1kX.expand(len(anchor_A1X), -1, -1)], 1).flatten(0, 1)
 
     def forward(self, aux_TF: torch.Tensor, embedded_EH: torch.Tensor, blocks: Blocks) -> torch.Tensor:
         """Outputs [N, H] of the wanted rows, after the final norm; `embedded_EH` are the anchors' tokens and, last, the mask token.
