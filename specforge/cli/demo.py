@@ -1,7 +1,8 @@
 """`specforge demo`: the whole story on two cores, measured while you watch.
 
 The embedded target answers prompts made from this machine's Python sources; a draft is trained on the answers by two
-FSDP ranks, killed with SIGKILL, resumed from its best checkpoint, and measured on packages that nothing was trained on. At last the target is scored on a small suite of tasks.
+FSDP ranks, killed with SIGKILL, resumed from its best checkpoint, and measured on packages that nothing was trained on.
+Then the target is scored on a small suite of tasks.
 """
 
 import argparse
