@@ -30,7 +30,8 @@ def test_quickstart(tmp_path: Path) -> None:
     assert 0 < last["resumed_from_step"] < last["final_step"]
     tasks = [json.loads(line) for line in (tmp_path / "run" / "suite" / "tasks.jsonl").read_text().splitlines()]
     assert last["core"] == pytest.approx(fmean(task["centred"] for task in tasks))
-    assert all(task["slots"] < task["row_tokens"] and 0 < task["draft_accepted"] < 1 for task in tasks)
+    assert all(task["slots"] < task["row_tokens"] for task in tasks if task["mode"] == "tree")
+    assert 0.1 < fmean(task["draft_accepted"] for task in tasks) < 0.9
     evaluations = [line for line in read_metrics(tmp_path / "run" / "run" / "metrics.jsonl") if line.get("step") == last["best_step"]]
     best = next(line for line in evaluations if "eval/walk_acc_len" in line)
     assert best["eval/ngram_walk_acc_len_high"] < last["walk_low"], "the two intervals do not touch"
