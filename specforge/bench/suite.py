@@ -222,14 +222,14 @@ def _sweep(given: argparse.Namespace) -> dict[str, Any]:
     evaluation = Evaluation(make_cache(Path(given.cache)), draw, world, resident_bytes=given.resident_bytes)
     evaluation.preload(model, tasks, Manner(mode="batched", batch_examples=BASE_EXAMPLES))
     started_s = first_forward_s(model, tasks, lambda: make_cache(Path(given.cache)), draw, world)
-    sequential_s = cached_sweep(model, tasks, evaluation, all_ways)
+    print(f"first forward done {started_s:.2f} s after a cached suite of {len(tasks)} tasks is opened")
+    sequential_s = cached_sweep(model, tasks, evaluation, all_ways) if all_ways else math.nan
     print(f"\n{'way':<16}{'seconds':>10}{'times faster':>14}{'slots':>12}{'difference':>12}")
     print(f"{'sequential':<16}{sequential_s:>10.2f}{1:>14.2f}")
     for way in all_ways:
         print(f"{way.name:<16}{way.seconds:>10.2f}{sequential_s / way.seconds:>14.2f}{way.slots:>12,}{way.largest_difference:>12.1e}")
     for first in firsts:
         print(f"first run, {first['way']}, {first['ahead_tasks']} tasks ahead: {first['wall_s']:.2f} s")
-    print(f"first forward done {started_s:.2f} s after a cached suite of {len(tasks)} tasks is opened")
     return {
         "sequential_s": sequential_s, "ways": [way.numbers(sequential_s) for way in all_ways], "first_runs": firsts,
         "cached_first_forward_s": started_s, "faults": verdict(all_ways, model.target.dtype),
@@ -244,7 +244,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--num-shots", type=int)
     parser.add_argument("--shared-shots", action="store_true")
     parser.add_argument("--max-per-task", type=int, default=500)
-    parser.add_argument("--modes", nargs="+", choices=("exact", "batched", "tree", "auto"), default=["exact", "batched", "tree", "auto"])
+    parser.add_argument(
+        "--modes", nargs="*", choices=("exact", "batched", "tree", "auto"), default=["exact", "batched", "tree", "auto"],
+        help="ways to compare (default all); none: only how soon a cached suite begins",
+    )  # fmt: skip
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64])
     parser.add_argument("--pieces", type=int, nargs="+", default=[256, 512, 1024], help="tokens of a piece of the tree")
     parser.add_argument("--ahead", type=int, nargs="+", default=[1, 2, 4], help="tasks whose tokens are made ahead in a first run")
