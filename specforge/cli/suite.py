@@ -7,23 +7,41 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from specforge import files
 from specforge.errors import ConfigError
 
+if TYPE_CHECKING:
+    from specforge.distributed import World
+
 
 def run(words: Sequence[str]) -> int:
-    given = _parser().parse_args(words)
-    for name, least in (("num_shots", 0), ("max_per_task", 0), ("batch", 1), ("piece_tokens", 1), ("max_length", 0), ("audit", 0)):
-        if (getattr(given, name) or 0) < least:
-            raise ConfigError(f"--{name.replace('_', '-')} {getattr(given, name)}: must be at least {least}; give a larger number.")
-
-    from transformers import AutoTokenizer
+    given = _parsed(words)
 
     from specforge.cli.compose import set_threads
-    from specforge.cli.draft import read_draft
     from specforge.distributed import World
+
+    began_s = time.perf_counter()
+    world = World.join()
+    set_threads(world)
+    try:
+        numbers = _score(given, world)
+    finally:
+        world.leave()
+    if world.is_main:
+        core, core_v2 = (fmean(task[name] for task in numbers) for name in ("centred", "centred_v2"))
+        seconds = time.perf_counter() - began_s
+        print(f"CORE {core:.4f} (with DCLM's corrected baselines {core_v2:.4f}), mean of {len(numbers)} tasks, in {seconds:.1f} s")
+        print(files.json_line({"core": core, "core_v2": core_v2, "seconds": seconds, "tasks": numbers}))
+    return 0
+
+
+def _score(given: argparse.Namespace, world: "World") -> list[dict[str, Any]]:
+    """The numbers of each task, which rank 0 prints when they are known."""
+    from transformers import AutoTokenizer
+
+    from specforge.cli.draft import read_draft
     from specforge.errors import DataError
     from specforge.features.target import Target
     from specforge.log.progress import progress
@@ -38,64 +56,45 @@ def run(words: Sequence[str]) -> int:
         with files.foreign(tokenizer_path, DataError, "--tokenizer must name a tokenizer that transformers loads without code of its own"):
             return AutoTokenizer.from_pretrained(tokenizer_path, local_files_only=True, trust_remote_code=False)
 
-    began_s = time.perf_counter()
     folder, tokenizer_path = Path(given.model), Path(given.tokenizer or given.model)
     tasks = read_tasks(Path(given.bundle), given.tasks, given.num_shots)
     draw = Draw(given.max_per_task, given.fewshot_seed, given.shared_shots)
     manner = Manner(given.mode, given.rule, given.batch, given.piece_tokens, given.audit)
-    world = World.join()
-    set_threads(world)
     cache = TokenCache(Path(given.cache), tokenizer_path, load_tokenizer, given.bos)
     draft = read_draft(given.draft, folder, None) if given.draft else None
     if draft is not None and draft.method is None:
         raise ConfigError(f"--draft {given.draft}: learned nothing that could be compared; give a checkpoint.")
 
     prints = files.Fingerprints(Path(given.cache) / ".fingerprints.json")
-    model_print, draft_print = world.on_main(
-        lambda: (prints.fingerprint(folder), prints.fingerprint(Path(draft.name) / "draft") if draft else "")
-    )
-
-    def identity_of(task: Any) -> dict[str, Any]:
-        return {
-            "tokens": cache.key(task, draw),
-            "model": model_print,
-            "dtype": given.dtype,
-            "draft": draft_print,
-            "max_length": given.max_length,
-            **asdict(manner),
-        }
-
+    prints_of = {"model": folder, **({"draft": Path(draft.name) / "draft"} if draft else {})}
+    what = world.on_main(lambda: {name: prints.fingerprint(path) for name, path in prints_of.items()})
+    what |= {"dtype": given.dtype, "max_length": given.max_length, **asdict(manner)}
+    identities = {task.label: {"tokens": cache.key(task, draw), **what} for task in tasks}
     record = Record(Path(given.out)) if given.out else None
-    done = world.on_main(lambda: {task.label: record.known(task.label, identity_of(task)) for task in tasks} if record else {})
+    done = world.on_main(lambda: {label: record.known(label, identity) for label, identity in identities.items()} if record else {})
+    numbers = {label: known for label, known in done.items() if known}
+    width = max(map(len, identities))
+    if world.is_main:
+        for label, known in numbers.items():
+            print(f"{_line(label, width, known)}  (kept)")
+    waiting = [task for task in tasks if task.label not in numbers]
+    if not waiting:
+        return [numbers[task.label] for task in tasks]
+
     model = Model(Target.load(folder, given.dtype, world.device), given.max_length)
     if model.why_no_tree and given.mode in ("auto", "tree") and world.is_main:
         print(f"no prefix tree with this model, batches instead: {model.why_no_tree}", file=sys.stderr)
     evaluation = Evaluation(cache, draw, world, draft.method.to(world.device) if draft else None)
-    width = max(len(task.label) for task in tasks)
-    numbers = {label: known for label, known in done.items() if known}
-    if world.is_main:
-        for label, known in numbers.items():
-            print(f"{_line(label, width, known)}  (kept)")
-    try:
-        with progress(None, description="suite", world=world) as bar:
-            waiting = [task for task in tasks if task.label not in numbers]
-            for result in evaluation.results(model, waiting, manner, bar):
-                label = result.task.label
-                numbers[label] = result.numbers()
-                if world.is_main:
-                    before = record.last_centred(label) if record else None
-                    print(_line(label, width, numbers[label], result.task.shots, before), flush=True)
-                    if record:
-                        record.write(result, identity_of(result.task))
-    finally:
-        world.leave()
-    if world.is_main:
-        ordered = [numbers[task.label] for task in tasks]
-        core, core_v2 = (fmean(task[name] for task in ordered) for name in ("centred", "centred_v2"))
-        seconds = time.perf_counter() - began_s
-        print(f"CORE {core:.4f} (with DCLM's corrected baselines {core_v2:.4f}), mean of {len(tasks)} tasks, in {seconds:.1f} s")
-        print(files.json_line({"core": core, "core_v2": core_v2, "seconds": seconds, "tasks": ordered}))
-    return 0
+    with progress(None, description="suite", world=world) as bar:
+        for result in evaluation.results(model, waiting, manner, bar):
+            label = result.task.label
+            numbers[label] = result.numbers()
+            if world.is_main:
+                before = record.last_centred(label) if record else None
+                print(_line(label, width, numbers[label], result.task.shots, before), flush=True)
+                if record:
+                    record.write(result, identities[label])
+    return [numbers[task.label] for task in tasks]
 
 
 def _line(label: str, width: int, numbers: dict[str, Any], asked_shots: int = 0, before: float | None = None) -> str:
@@ -112,6 +111,14 @@ def _line(label: str, width: int, numbers: dict[str, Any], asked_shots: int = 0,
     if (accepted := numbers.get("draft_accepted")) is not None:
         line += f"; draft accepted {accepted:.3f}"
     return line
+
+
+def _parsed(words: Sequence[str]) -> argparse.Namespace:
+    given = _parser().parse_args(words)
+    for name, least in (("num_shots", 0), ("max_per_task", 0), ("batch", 1), ("piece_tokens", 1), ("max_length", 0), ("audit", 0)):
+        if (getattr(given, name) or 0) < least:
+            raise ConfigError(f"--{name.replace('_', '-')} {getattr(given, name)}: must be at least {least}; give a larger number.")
+    return given
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -54,3 +54,15 @@ def test_only_a_draft_that_learned_can_be_compared(
     words = ["--model", str(prepared[0] / "target"), "--bundle", str(write_bundle(tmp_path / "bundle")), "--draft", "ngram"]
     assert main(["suite", *words]) == 2
     assert "--draft ngram: learned nothing that could be compared" in capsys.readouterr().err
+
+
+def test_fewer_shots_than_asked_for_are_said(prepared: tuple[Path, list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bundle = write_bundle(tmp_path / "bundle")
+    label = read_tasks(bundle)[0].label
+    words = ["--model", str(prepared[0] / "target"), "--bundle", str(bundle), "--bos", "eos", "--cache", str(tmp_path / "cache")]
+    assert main(["suite", *words, "--tasks", label, "--num-shots", "20", "--max-per-task", "4"]) == 0
+    line, *_, last = capsys.readouterr().out.splitlines()
+    assert line.endswith("; 3 shots of 20, as there are no more examples")
+    assert json.loads(last)["tasks"][0]["shots"] == 3
+    assert main(["suite", *words, "--tasks", label, "--num-shots", "3", "--max-per-task", "4"]) == 0
+    assert "as there are no more" not in capsys.readouterr().out
