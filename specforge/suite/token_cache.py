@@ -81,7 +81,7 @@ class TokenCache:
     def _digest_of(self, folder: Path) -> str:
         found = sorted(path for name in _TOKENIZER_FILES for path in folder.glob(name))
         if not found:
-            raise DataError(f"{folder}: holds no tokenizer; give --tokenizer the folder of one.")
+            raise DataError(f"{folder}: {'holds no tokenizer' if folder.is_dir() else 'is no folder'}; give --tokenizer the folder of one.")
         return hashlib.sha256("".join(f"{path.name} {self._fingerprints.sha256(path)}\n" for path in found).encode()).hexdigest()
 
     def _make(self, entry: Path, task: Task, draw: Draw, no_question: bool) -> TaskTokens:

@@ -123,7 +123,7 @@ def resolve(path: Path) -> Checkpoint:
     if found is None:
         known = ", ".join(checkpoint.path.name for checkpoint in complete)
         raise CheckpointError(
-            f"train.resume_from={str(path)!r}: no complete checkpoint is there; "
+            f"{str(path)!r}: no complete checkpoint is there; "
             + (f"complete ones beside it: {known}." if known else "give RUN/latest, RUN/best or a step folder.")
         )
     return found
