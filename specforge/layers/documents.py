@@ -32,6 +32,27 @@ class Documents:
     def num_tokens(self) -> int:
         return int(self.starts[-1])
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest document; 0 without any."""
+        return max(self.lengths, default=0)
+
+    @cached_property
+    def buckets(self) -> tuple[tuple[int, ...], ...]:
+        """Numbers of the documents that are not empty, in groups of similar length, longest first.
+
+        No document is shorter than its group's longest by more than a factor of the square root of two. So the squares of all documents,
+        each padded to its group's longest, are at most twice the squares of their own lengths.
+        """
+        buckets: list[list[int]] = []
+        for number in sorted(range(len(self.lengths)), key=lambda number: -self.lengths[number]):
+            length = self.lengths[number]
+            if buckets and 2 * length**2 >= self.lengths[buckets[-1][0]] ** 2:
+                buckets[-1].append(number)
+            elif length:
+                buckets.append([number])
+        return tuple(map(tuple, buckets))
+
 
 @dataclass(frozen=True)
 class QueryBlock:
