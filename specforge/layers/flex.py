@@ -62,12 +62,8 @@ def flex_prefix_and_own_attention(
     """
     if not q_RhD.is_cuda and q_RhD.requires_grad:
         raise ConfigError("method.options.attention='flex': PyTorch has no gradient for it outside of CUDA; use attention=blocks.")
-    k_1gTD, v_1gTD = prefix_T2gD.permute(1, 2, 0, 3)[:, None]
-    kernel = _compiled() if q_RhD.is_cuda else flex_attention
-    out, aux = kernel(
-        q_RhD.transpose(0, 1)[None], k_1gTD, v_1gTD, block_mask=mask, scale=1.0, enable_gqa=True, return_aux=AuxRequest(lse=True)
-    )
-    out_RhD, lse_Rh = out[0].transpose(0, 1), aux.lse[0].T
+    k_TgD, v_TgD = prefix_T2gD.unbind(1)
+    out_RhD, lse_Rh = flex_prefix_attention(q_RhD, k_TgD, v_TgD, mask)
     if not own_k_RhD:
         return out_RhD
     scores_RhJ = torch.stack([(q_RhD * k_RhD).sum(-1) for k_RhD in own_k_RhD], -1).to(lse_Rh.dtype)
@@ -77,6 +73,16 @@ def flex_prefix_and_own_attention(
     for index, v_RhD in enumerate(own_v_RhD):
         out_RhD = torch.addcmul(out_RhD, weights_RhJ[..., index, None], v_RhD)
     return out_RhD
+
+
+def flex_prefix_attention(
+    q_RhD: torch.Tensor, k_TgD: torch.Tensor, v_TgD: torch.Tensor, mask: BlockMask
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The softmax of scaled queries over the keys that `mask` shows them, [R, h, D], and the logarithm of its denominator, [R, h]."""
+    q_1hRD, k_1gTD, v_1gTD = (x.transpose(0, 1)[None] for x in (q_RhD, k_TgD, v_TgD))
+    kernel = _compiled() if q_RhD.is_cuda else flex_attention
+    out, aux = kernel(q_1hRD, k_1gTD, v_1gTD, block_mask=mask, scale=1.0, enable_gqa=True, return_aux=AuxRequest(lse=True))
+    return out[0].transpose(0, 1), aux.lse[0].T
 
 
 @cache
