@@ -116,7 +116,8 @@ class SlotEmbedding(nn.Module):
         """[N, S * d]: the bags of a token side by side."""
         if self.implementation == "per_slot":
             return torch.cat([self._bags(sign_V, begin_N) for sign_V, begin_N in bags.by_slot], 1)
-        bag_Bd: torch.Tensor = _Bags.apply(self.table, self.row(bags.sign_V), bags.begin_B)
+        read = self.table, self.row(bags.sign_V), bags.begin_B
+        bag_Bd: torch.Tensor = _Bags.apply(*read) if torch.is_grad_enabled() else _summed(*read)[0]
         return bag_Bd.view(-1, bags.slots * self.config.width)
 
     def row(self, sign_V: torch.Tensor) -> torch.Tensor:
@@ -128,6 +129,11 @@ class SlotEmbedding(nn.Module):
         return torch.segment_reduce(row_Vd, "sum", offsets=begin_N, initial=0)
 
 
+def _summed(table: torch.Tensor, row_V: torch.Tensor, begin_B: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The bags, and what their backward reads. Without `detach` torch leaves a CPU's fast kernel, to prepare what the backward can make."""
+    return torch.embedding_bag(table.detach(), row_V, begin_B, False, 0, False, None, True)
+
+
 class _Bags(torch.autograd.Function):
     """`embedding_bag` that reads the padding row like any other, as `embedding` does, and gives it no gradient.
 
@@ -136,7 +142,7 @@ class _Bags(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, table: torch.Tensor, row_V: torch.Tensor, begin_B: torch.Tensor) -> torch.Tensor:
-        bag_Bd, *of_bags = torch.embedding_bag(table, row_V, begin_B, False, 0, False, None, True)
+        bag_Bd, *of_bags = _summed(table, row_V, begin_B)
         ctx.save_for_backward(row_V, begin_B, *of_bags)
         ctx.rows = len(table)
         return bag_Bd
