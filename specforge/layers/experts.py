@@ -76,7 +76,7 @@ def _sorted(x_TD: torch.Tensor, experts: Experts, picks: Picks) -> Outcome:
 def _grouped(x_TD: torch.Tensor, experts: Experts, picks: Picks) -> Outcome:
     line = _Line.of(x_TD, picks, len(experts.up_GID))
     ends = line.end_G.int()
-    member_PG = (line.group_P[:, None] == torch.arange(len(ends), device=ends.device)).to(x_TD.dtype)  # a product sums biases' gradients
+    member_PG = (line.group_P[:, None] == torch.arange(len(ends), device=ends.device)).to(x_TD.dtype)  # a GPU sums a product in fixed order
     hidden_PI = F.relu(torch.addmm(F.grouped_mm(line.x_PD, experts.up_GID.mT, offs=ends), member_PG, experts.up_bias_GI))
     y_PD = torch.addmm(F.grouped_mm(hidden_PI, experts.down_GID, offs=ends), member_PG, experts.down_bias_GD)
     return line.mixed(y_PD, picks.weight_TK), _none_lost(x_TD)
