@@ -74,7 +74,9 @@ def _rows(tokens: TaskTokens, examples: Sequence[int]) -> list[int]:
 
 def plant(tokens: TaskTokens, examples: Sequence[int], budget: int, trie: Trie | None = None) -> Forest:
     """The forest of some examples, in pieces of about `budget` nodes; `trie` is theirs, where it is there already."""
-    rows, trie = _rows(tokens, examples), trie or trie_of(tokens, examples)
+    rows = _rows(tokens, examples)
+    if trie is None:
+        trie = trie_of(tokens, examples)
     node, token, place = (list[np.ndarray]() for _ in range(3))
     for row, path in zip(rows, trie.path_R, strict=True):
         first = int(tokens.first_R[row])

@@ -25,7 +25,7 @@ from tests.texts import make_text_target
 pytestmark = pytest.mark.long
 
 
-def test_sharing_prefixes_changes_no_answer_and_takes_no_more_memory() -> None:
+def test_sharing_prefixes_changes_no_answer_and_takes_at_most_a_twentieth_more_memory() -> None:
     script = Path(__file__).parents[2] / "scripts" / "prefix_demo.sh"
     environment = {**os.environ, "SPECFORGE_VENV": sys.prefix}
     done = subprocess.run([script, "--examples", "20"], env=environment, check=False, capture_output=True, text=True)
@@ -51,7 +51,7 @@ def test_the_bundle_of_the_quickstart(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch, when it compiles what transformers asks for
-def test_a_model_whose_attention_takes_no_tree_is_scored_in_batches(tmp_path: Path) -> None:
+def test_flex_attention_is_scored_in_batches(tmp_path: Path) -> None:
     folder, tasks = make_text_target(tmp_path / "target"), read_tasks(write_words(tmp_path / "bundle"))[:1]
 
     def evaluation() -> Evaluation:
