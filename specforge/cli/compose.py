@@ -72,7 +72,7 @@ def starting_point(config: RunConfig) -> Checkpoint | None:
     if restarted and branch and (branch.job, branch.resume_from) == (job_name(), config.train.resume_from):
         return newest(folder)
     if config.train.resume_from:
-        return resolve(Path(config.train.resume_from))
+        return resolve(Path(config.train.resume_from), "train.resume_from")
     if complete:
         raise CheckpointError(
             f"output_dir={str(folder)!r}: holds a run already ({complete[-1].path.name}); "
@@ -103,7 +103,7 @@ def build_controller(config: RunConfig, world: World) -> TrainerController:
     tables = read_tables(config)
     refuse_after_non_finite(folder, config.train, config.data.exclude_ids)
     start = world.on_main(lambda: starting_point(config))
-    origin = start or (resolve(Path(config.model.draft_path)) if config.model.draft_path else None)
+    origin = start or (resolve(Path(config.model.draft_path), "model.draft_path") if config.model.draft_path else None)
     if origin is not None:
         _check_contract(config, read_state(origin, world), origin, weights_only=start is None)
 

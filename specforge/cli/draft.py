@@ -104,7 +104,7 @@ def read_draft(
         return Draft(name, 0)
     if name == "ngram":
         return Draft(name, draft_tokens or NGRAM_DRAFT_TOKENS)
-    world, checkpoint = World(), resolve(Path(name))
+    world, checkpoint = World(), resolve(Path(name), "--draft")
     settings, where = read_state(checkpoint, world)["settings"], f"{checkpoint.path}/state.json: settings"
     files.check_fields(settings, where, CheckpointError, method=dict)
     files.check_fields(settings["method"], f"{where}.method", CheckpointError, name=str, options=dict)

@@ -104,8 +104,11 @@ def newest(folder: Path) -> Checkpoint | None:
     return complete[-1] if complete else None
 
 
-def resolve(path: Path) -> Checkpoint:
+def resolve(path: Path, key: str = "checkpoint") -> Checkpoint:
     """The checkpoint that `RUN/latest`, `RUN/best` or a step folder means. It does not depend on links.
+
+    Args:
+        key: what the user gave the path for, as errors name it.
 
     Raises:
         CheckpointError: there is no complete checkpoint at that path.
@@ -123,7 +126,7 @@ def resolve(path: Path) -> Checkpoint:
     if found is None:
         known = ", ".join(checkpoint.path.name for checkpoint in complete)
         raise CheckpointError(
-            f"{str(path)!r}: no complete checkpoint is there; "
+            f"{key}={str(path)!r}: no complete checkpoint is there; "
             + (f"complete ones beside it: {known}." if known else "give RUN/latest, RUN/best or a step folder.")
         )
     return found
