@@ -68,7 +68,7 @@ def _score(given: argparse.Namespace, world: "World") -> list[dict[str, Any]]:
     prints = files.Fingerprints(Path(given.cache) / ".fingerprints.json")
     prints_of = {"model": folder, **({"draft": Path(draft.name) / "draft"} if draft else {})}
     what = world.on_main(lambda: {name: prints.fingerprint(path) for name, path in prints_of.items()})
-    what |= {"dtype": given.dtype, "max_length": given.max_length, **asdict(manner)}
+    what |= {"dtype": given.dtype, "attention": given.attention, "max_length": given.max_length, **asdict(manner)}
     identities = {task.label: {"tokens": cache.key(task, draw), **what} for task in tasks}
     record = Record(Path(given.out)) if given.out else None
     done = world.on_main(lambda: {label: record.known(label, identity) for label, identity in identities.items()} if record else {})
@@ -81,7 +81,7 @@ def _score(given: argparse.Namespace, world: "World") -> list[dict[str, Any]]:
     if not waiting:
         return [numbers[task.label] for task in tasks]
 
-    model = Model(Target.load(folder, given.dtype, world.device), given.max_length)
+    model = Model(Target.load(folder, given.dtype, world.device, attention=given.attention), given.max_length)
     if model.why_no_tree and given.mode in ("auto", "tree") and world.is_main:
         print(f"no prefix tree with this model, batches instead: {model.why_no_tree}", file=sys.stderr)
     evaluation = Evaluation(cache, draw, world, draft.method.to(world.device) if draft else None)
@@ -154,6 +154,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--max-length", type=int, default=0, help="tokens that the model reads; 0: as its config.json says (default)")
     parser.add_argument("--bos", choices=("bos", "eos", "none"), default="bos", help="token before each text (default bos)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16", "float64"), default="float32")
+    parser.add_argument("--attention", choices=("sdpa", "eager", "flex_attention"), help="of the model (default: transformers' choice)")
     parser.add_argument("--cache", default="runs/suite-tokens", help="folder of the token cache (default runs/suite-tokens)")
     parser.add_argument("--out", help="folder for results; tasks that it holds already are not scored again")
     return parser

@@ -13,11 +13,15 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch.nn import functional as F
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 from specforge.decode.cache import SlotCache
 from specforge.decode.tree import Tree
 from specforge.errors import ConfigError
 from specforge.features.target import Target
+
+Mask = torch.Tensor | BlockMask
+"""What is added to the attention scores; for flex attention, which blocks of them there are, and what is seen in each."""
 
 _FULL, _SLIDING = "full_attention", "sliding_attention"
 
@@ -55,6 +59,7 @@ class TargetSession:
         self.lengths = [0] * rows
         """Committed tokens in the cache, a row."""
         self._layer_types = _layer_types(target)
+        self._flex = target.config._attn_implementation == "flex_attention"
         _require_told_positions(target)
         self._device = target.device
         self._cache = SlotCache(target.num_layers, capacity, self._device)
@@ -101,7 +106,7 @@ class TargetSession:
         return self.target.logits(last_BNH)
 
     @torch.no_grad()
-    def _run(self, ids_BN: torch.Tensor, position_BN: torch.Tensor, mask: torch.Tensor | dict[str, torch.Tensor] | None) -> Block:
+    def _run(self, ids_BN: torch.Tensor, position_BN: torch.Tensor, mask: Mask | dict[str, Mask] | None) -> Block:
         output = self.target.decoder(
             input_ids=ids_BN, attention_mask=mask, position_ids=position_BN, past_key_values=self._cache, use_cache=True
         )
@@ -109,8 +114,8 @@ class TargetSession:
         aux = [self._stream[layer].to(self._device) for layer in self.layer_ids]
         return Block(last_BNH, torch.cat(aux, dim=-1) if aux else last_BNH[..., :0])
 
-    def _mask(self, visible_BNN: torch.Tensor, position_B1N: torch.Tensor) -> torch.Tensor | dict[str, torch.Tensor]:
-        """What is added to the attention scores [B, 1, N, U]: one for all layers, or one for each type of layer."""
+    def _mask(self, visible_BNN: torch.Tensor, position_B1N: torch.Tensor) -> Mask | dict[str, Mask]:
+        """What nodes see of the slots [B, 1, N, U]: one for all layers, or one for each type of layer."""
         slots = self._cache.slots
         slot_U = slots.slot_C[: slots.stop]
         if isinstance(slots.start, int):
@@ -126,7 +131,12 @@ class TargetSession:
         sliding = self._scores(visible_BNU & near_BNU)
         return sliding if self._layer_types == {_SLIDING} else {_FULL: self._scores(visible_BNU), _SLIDING: sliding}
 
-    def _scores(self, visible_BNU: torch.Tensor) -> torch.Tensor:
+    def _scores(self, visible_BNU: torch.Tensor) -> Mask:
+        if self._flex:
+            rows, nodes, slots = visible_BNU.shape
+            return create_block_mask(
+                lambda row, head, node, slot: visible_BNU[row, node, slot], rows, None, nodes, slots, str(self._device)
+            )
         return torch.where(visible_BNU, self._shown, self._hidden)[:, None]
 
 
@@ -148,9 +158,10 @@ def _layer_types(target: Target) -> set[str]:
             f"back rejected tokens; decode with a target of {_FULL} and {_SLIDING} layers."
         )
     implementation = config._attn_implementation
-    if implementation not in ("sdpa", "eager"):
+    if implementation not in ("sdpa", "eager", "flex_attention"):
         raise ConfigError(
-            f"model.target_path={target.path!r}: attention {implementation!r} takes no mask of a tree; load it with 'sdpa' or 'eager'."
+            f"model.target_path={target.path!r}: attention {implementation!r} takes no mask of a tree; load it with 'sdpa', 'eager' or "
+            "'flex_attention'."
         )
     return types
 

@@ -66,10 +66,13 @@ class Target:
         self._head_checked = False
 
     @classmethod
-    def load(cls, path: str | Path, dtype: str, device: torch.device | str = "cpu", device_map: str = "") -> "Target":
+    def load(
+        cls, path: str | Path, dtype: str, device: torch.device | str = "cpu", device_map: str = "", attention: str | None = None
+    ) -> "Target":
         """Read the model in `path` (safetensors only, no code of its own) to `device`.
 
-        With `device_map`, accelerate spreads it over devices, memory and disk instead, and `device` is not used.
+        With `device_map`, accelerate spreads it over devices, memory and disk instead, and `device` is not used. `attention` is
+        transformers' `attn_implementation`; None: its choice.
 
         Raises:
             FeatureError: `path` holds no such model, or lacks some of its weights.
@@ -83,7 +86,7 @@ class Target:
         with files.foreign(folder, FeatureError, "model.target_path must be a model that transformers loads; choose another target"):
             model, report = AutoModelForCausalLM.from_pretrained(
                 folder, dtype=getattr(torch, dtype), local_files_only=True, trust_remote_code=False, use_safetensors=True,
-                output_loading_info=True, **placement,
+                output_loading_info=True, attn_implementation=attention, **placement,
             )  # fmt: skip
         absent = sorted({*report["missing_keys"], *(mismatch[0] for mismatch in report["mismatched_keys"])})
         if absent:
@@ -217,14 +220,20 @@ class Target:
         """Compare, once, the model's logits on some tokens of `sequence` with head times last hidden state.
 
         Raises:
-            FeatureError: they differ.
+            FeatureError: they differ, or are not finite.
         """
         if self._head_checked:
             return
         ids_1S = torch.tensor(np.asarray(sequence[:_HEAD_CHECK_TOKENS]), dtype=torch.long, device=self.device)[None]
-        last_SH = self.decoder(input_ids=ids_1S, use_cache=False).last_hidden_state[0]
-        logits_SV = self.model(input_ids=ids_1S, use_cache=False).logits[0].float()
-        product_SV = self.head(last_SH).float().to(logits_SV.device)
+        outputs: list[Any] = []
+        with self.decoder.register_forward_hook(lambda decoder, inputs, output: outputs.append(output)):
+            logits_SV = self.model(input_ids=ids_1S, use_cache=False).logits[0].float()
+        product_SV = self.head(outputs[0].last_hidden_state[0]).float().to(logits_SV.device)
+        if not logits_SV.isfinite().all():
+            raise FeatureError(
+                f"model.target_path={self.path!r}: its logits are not finite on {self.device} in {self.dtype} with attention "
+                f"{self.config._attn_implementation!r}; choose another data type, attention or target."
+            )
         difference = float((logits_SV - product_SV).abs().max() / logits_SV.abs().max().clamp_min(1e-30))
         tolerance = _HEAD_TOLERANCE[self.dtype]
         if not difference <= tolerance:

@@ -163,7 +163,7 @@ def test_layers_that_cannot_take_tokens_back_are_refused_by_name() -> None:
 
     flash = make_target("llama")
     flash.config._attn_implementation = "flash_attention_2"
-    with pytest.raises(ConfigError, match=r"'flash_attention_2'.*'sdpa' or 'eager'"):
+    with pytest.raises(ConfigError, match=r"'flash_attention_2'.*'sdpa', 'eager' or 'flex_attention'"):
         TargetSession(flash, 1, 16)
 
 

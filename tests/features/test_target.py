@@ -178,3 +178,11 @@ def test_loads_and_forwards_are_counted(folder: Path) -> None:
     target.capture(SEQUENCES, (1,))
     target.capture(SEQUENCES, (1,))
     assert (Target.loads - loads, Target.forwards - forwards) == (1, 2)
+
+
+def test_a_target_whose_logits_are_not_finite_is_refused(tmp_path: Path) -> None:
+    """Another sentence than of a head that is not plain: nothing is wrong with that."""
+    target = Target.load(make_target(tmp_path / "target"), "float32")
+    target.head.weight[3] = torch.nan
+    with pytest.raises(FeatureError, match=r"not finite on cpu in torch.float32 with attention 'sdpa'"):
+        target.require_plain_head(np.arange(8))
