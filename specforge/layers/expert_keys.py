@@ -18,7 +18,7 @@ def stack_experts(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The state with each mixture's experts stacked; all other keys as they are.
 
     Raises:
-        CheckpointError: a mixture lacks a key of one of its experts.
+        CheckpointError: a mixture lacks a key of one of its experts, or these differ in shape.
     """
     found: dict[str, dict[tuple[int, str], torch.Tensor]] = {}
     stacked = {}
@@ -34,6 +34,11 @@ def stack_experts(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
                 key = f"{mixture}experts.{missing[0]}.{rest}"
                 raise CheckpointError(f"{key}: is missing, but experts up to {experts[-1]} are there; give the checkpoint in full.")
             weights = [tensors[expert, rest] for expert in experts]
+            if odd := [expert for expert, weight in enumerate(weights) if weight.shape != weights[0].shape]:
+                raise CheckpointError(
+                    f"{mixture}experts.{odd[0]}.{rest}: has the shape {list(weights[odd[0]].shape)}, that of expert 0 "
+                    f"{list(weights[0].shape)}; experts of a mixture must be alike, take another checkpoint."
+                )
             stacked[mixture + name] = torch.stack([weight.T for weight in weights] if name == "down_GID" else weights)
     return stacked
 

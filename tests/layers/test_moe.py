@@ -84,11 +84,21 @@ def test_gradients_of_many_tokens_are_not_added_up_in_bf16(name: str, monkeypatc
     assert grad_GD.tolist() == [[500.0 * (group == 1)] * WIDTH for group in range(GROUPS)]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", FORMS)
-def test_no_token_has_no_answer(name: str) -> None:
-    x_TD, *weights, weight_TK = inputs(torch.zeros(0, 2, dtype=torch.int64), torch.float32)
+def test_no_token_has_no_answer(name: str, dtype: torch.dtype) -> None:
+    x_TD, *weights, weight_TK = inputs(torch.zeros(0, 2, dtype=torch.int64), dtype)
     out_TD, lost = FORMS[name](x_TD, Experts(*weights), Picks(weight_TK, torch.zeros(0, 2, dtype=torch.int64)))
-    assert out_TD.shape == (0, WIDTH) and lost == 0
+    assert out_TD.shape == (0, WIDTH) and out_TD.dtype == dtype and lost == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_no_token_gives_every_weight_a_gradient(implementation: str, dtype: torch.dtype) -> None:
+    """Other ranks may have tokens, and the reduction waits for all."""
+    moe = mixture(implementation).to(dtype)
+    moe(torch.zeros(0, WIDTH, dtype=dtype)).out_TD.sum().backward()
+    assert all(parameter.grad is not None and not parameter.grad.any() for parameter in moe.parameters())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -126,6 +136,7 @@ def test_balance_is_spread_over_mean() -> None:
     """1 and 3: mean 2, standard deviation (of a sample) sqrt(2)."""
     torch.testing.assert_close(balance_loss(torch.tensor([1.0, 3.0])), torch.tensor(math.sqrt(2) / 2), rtol=1e-6, atol=0)
     assert balance_loss(torch.tensor([2.0, 2.0])) == 0
+    assert balance_loss(torch.tensor([2.0])) == 0
 
 
 def test_noise_is_for_training() -> None:
@@ -218,4 +229,11 @@ def test_a_missing_key_of_an_expert_is_named() -> None:
     single = unstack_experts({f"moe.{key}": value for key, value in mixture().state_dict().items()})
     del single["moe.experts.1.fc2.bias"]
     with pytest.raises(CheckpointError, match=r"moe\.experts\.1\.fc2\.bias: is missing"):
+        stack_experts(single)
+
+
+def test_experts_of_different_shapes_are_refused_by_name() -> None:
+    single = unstack_experts({f"moe.{key}": value for key, value in mixture().state_dict().items()})
+    single["moe.experts.2.fc1.weight"] = torch.zeros(INNER, WIDTH + 1)
+    with pytest.raises(CheckpointError, match=r"moe\.experts\.2\.fc1\.weight: has the shape \[24, 17\], that of expert 0 \[24, 16\]"):
         stack_experts(single)
