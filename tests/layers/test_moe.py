@@ -154,6 +154,7 @@ def test_noise_is_for_training() -> None:
 
 @pytest.mark.parametrize("groups", [None, (0, 1, 0, 2)])
 def test_a_group_is_one_expert(groups: tuple[int, ...] | None) -> None:
+    """In the mixture, and in what its weights and its gate learn."""
     moe, x_TD = mixture(groups=groups), torch.randn(40, WIDTH)
     expected_TD = torch.zeros_like(x_TD)
     for token, shares_E in enumerate(moe.gate(x_TD).softmax(-1)):
@@ -161,10 +162,16 @@ def test_a_group_is_one_expert(groups: tuple[int, ...] | None) -> None:
             group = moe.groups[expert]
             hidden_I = (moe.up_GID[group] @ x_TD[token] + moe.up_bias_GI[group]).relu()
             expected_TD[token] += shares_E[expert] * (hidden_I @ moe.down_GID[group] + moe.down_bias_GD[group])
+    direction_TD = torch.randn(40, WIDTH)
+    expected = torch.autograd.grad(expected_TD, list(moe.parameters()), direction_TD)
     for name in IMPLEMENTATIONS:
         if name != "capacity":
             same = mixture(name, groups=groups)
-            torch.testing.assert_close(same(x_TD).out_TD, expected_TD, rtol=1e-5, atol=1e-5)
+            out_TD = same(x_TD).out_TD
+            torch.testing.assert_close(out_TD, expected_TD, rtol=1e-5, atol=1e-5)
+            got = torch.autograd.grad(out_TD, list(same.parameters()), direction_TD)
+            for one, other in zip(got, expected, strict=True):
+                torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
 def test_the_mixture_reports_what_it_lost() -> None:
