@@ -30,8 +30,9 @@ def stack_experts(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     for mixture, tensors in found.items():
         experts = range(max(expert for expert, _ in tensors) + 1)
         for name, rest in STACKED.items():
-            if missing := [expert for expert in experts if (expert, rest) not in tensors]:
-                key = f"{mixture}experts.{missing[0]}.{rest}"
+            missing = next((expert for expert in experts if (expert, rest) not in tensors), None)
+            if missing is not None:
+                key = f"{mixture}experts.{missing}.{rest}"
                 raise CheckpointError(f"{key}: is missing, but experts up to {experts[-1]} are there; give the checkpoint in full.")
             weights = [tensors[expert, rest] for expert in experts]
             if odd := [expert for expert, weight in enumerate(weights) if weight.shape != weights[0].shape]:

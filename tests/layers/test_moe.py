@@ -239,6 +239,11 @@ def test_a_missing_key_of_an_expert_is_named() -> None:
         stack_experts(single)
 
 
+def test_an_expert_of_any_number_is_refused_at_once() -> None:
+    with pytest.raises(CheckpointError, match=r"^experts\.0\.fc1\.weight: is missing, but experts up to 1000000000000 are there"):
+        stack_experts({f"experts.{10**12}.fc1.weight": torch.zeros(INNER, WIDTH)})
+
+
 def test_experts_of_different_shapes_are_refused_by_name() -> None:
     single = unstack_experts({f"moe.{key}": value for key, value in mixture().state_dict().items()})
     single["moe.experts.2.fc1.weight"] = torch.zeros(INNER, WIDTH + 1)
