@@ -33,11 +33,15 @@ NOT_ON_A_CPU = {"attention": "flex"}
 
 
 def values(name: str) -> Iterator[dict[str, Any]]:
-    """Every value but the default of each option that is a choice or a switch."""
+    """Every value but the default of each option that is a choice or a switch, unless another registered method passes it on."""
     options = METHODS[name].options
     kinds, defaults = get_type_hints(options), {field.name: field.default for field in fields(options)}
     yield from (several for several in SEVERAL if several.keys() <= defaults.keys())
+    parents = {entry.options for entry in METHODS.values() if issubclass(options, entry.options)} - {options}
+    inherited = {field.name for parent in parents for field in fields(parent)}
     for key, default in defaults.items():
+        if key in inherited:
+            continue
         choices = get_args(kinds[key]) if get_origin(kinds[key]) is Literal else (True, False) if kinds[key] is bool else ()
         yield from ({key: value} for value in choices if value not in (default, NOT_ON_A_CPU.get(key)))
 
