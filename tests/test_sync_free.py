@@ -28,6 +28,9 @@ READS: dict[str, tuple[Callable[[torch.Tensor], Any], str]] = {
     "unique": (lambda x: x.unique(), "_unique2"),
     "bincount": (lambda x: x.long().flatten().bincount(), "bincount"),
     "equal": (lambda x: torch.equal(x, x), "equal"),
+    "cpu": (lambda x: x.cpu(), "'cpu'"),
+    "to the host": (lambda x: x.to("cpu"), "'to'"),
+    "to the host by name": (lambda x: x.half().to(device="cpu"), "'to'"),
 }
 FREE: dict[str, Callable[[torch.Tensor], Any]] = {
     "product": lambda x: x @ x.T,
@@ -35,6 +38,7 @@ FREE: dict[str, Callable[[torch.Tensor], Any]] = {
     "boolean fill": lambda x: x.index_put((x > 0,), torch.zeros(())),
     "repeat_interleave with a size": lambda x: x.repeat_interleave(x.long()[:, 0], 0, output_size=7),
     "repeat_interleave by a number": lambda x: x.repeat_interleave(2, 0),
+    "to a type": lambda x: x.to(torch.float16).to(x.device),
     "gather": lambda x: x.gather(1, x.argsort(1)),
 }
 

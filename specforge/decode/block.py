@@ -17,6 +17,7 @@ from specforge.decode.drafter import Proposal, require_trained_for
 from specforge.decode.sampling import Sampling
 from specforge.decode.tree import Tree
 from specforge.errors import ConfigError
+from specforge.layers.rows import to_device
 from specforge.methods.dflash import DFlash
 from specforge.models.decoder import after_attention
 from specforge.models.dflash import FULL, SLIDING
@@ -76,7 +77,7 @@ class BlockDrafter:
             new_R2gD = layer.context_keys_values(context_RH, weights, angle_R1C)
             cache_2BSgD[:, self._row_B1, slot_BM] = new_R2gD.transpose(0, 1).unflatten(1, slot_BM.shape)
         self._lengths = [length + count for length, count in zip(self._lengths, counts, strict=True)]
-        count_B1 = torch.tensor(counts, device=slot_BM.device)[:, None]
+        count_B1 = to_device(np.array(counts), slot_BM.device)[:, None]
         last_B = next_ids_BM[self._row_B1, (count_B1 - 1).clamp_min(0)][:, 0]
         self._anchor_B = torch.where(count_B1[:, 0] > 0, last_B, self._anchor_B)
         if self._adaptive is not None:
@@ -103,7 +104,7 @@ class BlockDrafter:
 
     def _next_slots(self, count: int) -> torch.Tensor:
         """The slots behind what is committed, [B, count]."""
-        begin_B1 = torch.tensor(self._lengths, device=self._slot_S.device)[:, None]
+        begin_B1 = to_device(np.array(self._lengths), self._slot_S.device)[:, None]
         return (begin_B1 + self._slot_S[:count]).clamp_max(len(self._slot_S) - 1)
 
     def _block(self) -> torch.Tensor:

@@ -104,3 +104,33 @@ class SlotCache(Cache):
             for buffer_BgCD in (layer.keys, layer.values):
                 row, source, place = (index_M.to(buffer_BgCD.device) for index_M in (row_M, source_M, place_M))
                 buffer_BgCD[row, :, place] = buffer_BgCD[row, :, source]
+
+
+class PassingLayer(CacheLayerMixin):
+    """Hands on the keys and values of the forward it is in, and keeps none."""
+
+    is_sliding = False
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        pass
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        return key_states, value_states
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return query_length, 0
+
+    def get_seq_length(self) -> int:
+        return 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    get_max_cache_shape = get_max_length
+
+
+class PassingCache(Cache):
+    """What tells transformers that its rows are one text each. Without a cache it asks the device whether their positions jump."""
+
+    def __init__(self, num_layers: int) -> None:
+        super().__init__(layers=[PassingLayer() for _ in range(num_layers)])

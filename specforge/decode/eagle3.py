@@ -17,6 +17,7 @@ from specforge.decode.sampling import Sampling
 from specforge.decode.tree import Tree
 from specforge.errors import ConfigError
 from specforge.layers.norm import normalise
+from specforge.layers.rows import to_device
 from specforge.methods.eagle3 import Eagle3
 from specforge.models.decoder import after_attention
 
@@ -77,7 +78,7 @@ class Eagle3Drafter:
         self._lengths = [length + count for length, count in zip(self._lengths, counts, strict=True)]
         visible_BMS = self._slot_S[: max(self._lengths)] <= slot_BM[..., None]
         hidden_BMH = self._rows(self._draft.fuse(aux_BMF), next_ids_BM, slot_BM, slot_BM, visible_BMS)
-        count_B1 = torch.tensor(counts, device=self._slot_S.device)[:, None]
+        count_B1 = to_device(np.array(counts), self._slot_S.device)[:, None]
         self._length_B1 = self._length_B1 + count_B1
         if min(counts) == next_ids_BM.shape[1]:
             self._last_BH = hidden_BMH[:, -1]

@@ -17,6 +17,7 @@ from specforge.decode.session import TargetSession
 from specforge.decode.tree import Tree
 from specforge.decode.verify import Verdict, accept_or_resample, follow
 from specforge.features.target import Target
+from specforge.layers.rows import to_device
 
 GREEDY = Sampling()
 
@@ -91,8 +92,7 @@ class Decoder:
 
         while going := [row for row, text in enumerate(texts) if not text.finished and len(text.ids) < limits[row]]:
             proposal = self._drafter.propose()
-            anchor_B1 = torch.tensor([text.ids[-1:] for text in texts], device=device)
-            ids_BN = torch.cat([anchor_B1, proposal.ids_BK], 1)
+            ids_BN = torch.cat([_padded([text.ids[-1:] for text in texts], device), proposal.ids_BK], 1)
             block = session.forward(ids_BN.clamp_min(0), proposal.tree)
             verdict = self._verdict(session.logits(block.last_BNH), proposal, ids_BN)
             paths, following = list[list[int]]([[]] * len(texts)), list[list[int]]([[]] * len(texts))
@@ -139,4 +139,4 @@ def _padded(rows: Sequence[Sequence[int]], device: torch.device) -> torch.Tensor
     ids = np.zeros((len(rows), max(len(row) for row in rows)), dtype=np.int64)
     for number, row in enumerate(rows):
         ids[number, : len(row)] = row
-    return torch.from_numpy(ids).to(device)
+    return to_device(ids, device)

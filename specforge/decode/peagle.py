@@ -17,6 +17,7 @@ from specforge.decode.drafter import Proposal, require_trained_for
 from specforge.decode.eagle3 import Eagle3Drafter
 from specforge.decode.sampling import Sampling
 from specforge.decode.tree import Tree
+from specforge.layers.rows import to_device
 from specforge.methods.peagle import PEagle
 
 
@@ -77,7 +78,7 @@ class PEagleDrafter(Eagle3Drafter):
         if self._waiting is None:
             return
         (next_ids_BM, fused_BMH, counts), self._waiting = self._waiting, None
-        more, count_B1 = max(self.draft_nodes - 1, 0), torch.tensor(counts, device=self._slot_S.device)[:, None]
+        more, count_B1 = max(self.draft_nodes - 1, 0), to_device(np.array(counts), self._slot_S.device)[:, None]
         place_N = self._slot_S[: next_ids_BM.shape[1] + more]
         slot_BN, masked_BN = self._length_B1 + place_N, place_N >= count_B1
         ids_BN = F.pad(next_ids_BM, (0, more)).masked_fill(masked_BN, self._mask_token_id)

@@ -76,12 +76,13 @@ class Evaluator:
     def _pass(self, method: Method, forward: Callable[..., StepOutput]) -> tuple[dict[str, Any], dict[int, Chains]]:
         """The numbers of what was proposed, and this rank's chains by sample."""
         device = self._world.device
-        sums, proposed, confidences = torch.zeros(2, dtype=torch.float64, device=device), [], []
+        loss_sum, weight, proposed, confidences = torch.zeros((), dtype=torch.float64, device=device), 0.0, [], []
         for samples in self._batches:
             batch = DraftBatch.read(self._store, samples)
             plan = method.plan(batch)
             output = forward(batch.to(device), plan)
-            sums += torch.stack([output.loss_sum.detach().double().sum(), torch.tensor(plan.weight, dtype=torch.float64, device=device)])
+            loss_sum += output.loss_sum.detach().double().sum()
+            weight += plan.weight
             proposed.append(output.proposals_TK)
             confidences.append(output.confidences_TK)
         samples = [sample for batch_samples in self._batches for sample in batch_samples]
@@ -93,8 +94,8 @@ class Evaluator:
                 table[sample] = self._count(sample, proposals_SK.numpy())
                 _, mask_S, argmax_S = (labels.numpy() for labels in self._store.labels(sample))
                 chains[sample] = Chains.of(mask_S, argmax_S, proposals_SK.numpy(), confidences_SK)
-        loss_sum, weight = self._world.sum_(sums).tolist()
-        return self._numbers(self._reduced(table), loss_sum / max(weight, 1e-9)), chains
+        whole_loss, whole_weight = self._world.sum_(torch.stack([loss_sum, torch.full_like(loss_sum, weight)])).tolist()
+        return self._numbers(self._reduced(table), whole_loss / max(whole_weight, 1e-9)), chains
 
     def _half(self, chains: dict[int, Chains], *, for_fit: bool) -> Chains:
         return Chains.join([rows for sample, rows in chains.items() if is_for_fit(self._store.ids[sample]) is for_fit], self._draft_tokens)

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from specforge import files
 from specforge.errors import ConfigError, FeatureError
+from specforge.layers.rows import to_device
 
 _LOGIT_ROWS = 1024
 _LOGIT_COLUMNS = 32_768
@@ -133,13 +134,17 @@ class Target:
         for row, sequence in enumerate(sequences):
             ids_BS[row, : len(sequence)] = torch.tensor(np.asarray(sequence), dtype=torch.long)
             real_BS[row, : len(sequence)] = True
+        slot_N = to_device(np.concatenate([row * max(lengths) + np.arange(length) for row, length in enumerate(lengths)]), self.device)
         ids_BS, real_BS = ids_BS.to(self.device), real_BS.to(self.device)
         self.require_plain_head(sequences[0])
         with self.residual_stream(aux_ids) as stream:
             last_BSH = self.decoder(input_ids=ids_BS, attention_mask=real_BS.long(), use_cache=False).last_hidden_state
         Target.forwards += 1
-        last_NH = last_BSH.to(self.device)[real_BS]
-        aux_NC = torch.cat([stream[layer].to(self.device)[real_BS] for layer in sorted(aux_ids)], dim=-1)
+        last_NH, *aux = (
+            x_BSH.to(self.device).flatten(0, 1).index_select(0, slot_N)
+            for x_BSH in (last_BSH, *(stream[layer] for layer in sorted(aux_ids)))
+        )
+        aux_NC = torch.cat(aux, dim=-1)
         argmax_N, logsumexp_N = self.choices(last_NH)
         packed = {"aux": aux_NC, "last": last_NH, "argmax": argmax_N, "logsumexp": logsumexp_N}
         pieces = {name: tensor.split(lengths) for name, tensor in packed.items()}

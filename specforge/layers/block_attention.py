@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from specforge.layers.documents import Documents
+from specforge.layers.rows import to_device
 from specforge.layers.shared import GradientSum, Shared
 
 KEPT_KEYS = 512
@@ -60,17 +61,16 @@ class BlockMask:
         first_A = documents.starts[documents.index_T[anchors_A]]
         size = max(GROUP_ROWS // block_size, 1)
         borders = np.flatnonzero(np.diff(first_A, prepend=-1, append=-1))
-        row_B = torch.arange(block_size, device=device)
+        row_B, anchor_A111 = torch.arange(block_size, device=device), to_device(anchors_A, device)[:, None, None, None]
         for begin, stop in zip(borders[:-1].tolist(), borders[1:].tolist(), strict=True):
             for start in range(begin, stop, size):
                 end = min(start + size, stop)
                 first, last = int(anchors_A[start]), int(anchors_A[end - 1])
                 key_start = max(int(first_A[start]), first - window + 1) if window else int(first_A[start])
                 token_K = torch.arange(key_start if window else first, last, device=device)
-                anchor_G111 = torch.from_numpy(anchors_A[start:end]).to(device)[:, None, None, None]
-                hidden = token_K >= anchor_G111
+                hidden = token_K >= anchor_A111[start:end]
                 if window:
-                    hidden = hidden | (token_K <= anchor_G111 + row_B[:, None, None] - window)
+                    hidden = hidden | (token_K <= anchor_A111[start:end] + row_B[:, None, None] - window)
                 groups.append(BlockGroup(start, end, key_start, last, _bias(hidden, dtype)))
         if not window:
             return cls(groups, None)

@@ -18,7 +18,7 @@ def stack_experts(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The state with each mixture's experts stacked; all other keys as they are.
 
     Raises:
-        CheckpointError: a mixture lacks a key of one of its experts.
+        CheckpointError: a mixture lacks a key of one of its experts, or these differ in shape.
     """
     found: dict[str, dict[tuple[int, str], torch.Tensor]] = {}
     stacked = {}
@@ -30,10 +30,16 @@ def stack_experts(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     for mixture, tensors in found.items():
         experts = range(max(expert for expert, _ in tensors) + 1)
         for name, rest in STACKED.items():
-            if missing := [expert for expert in experts if (expert, rest) not in tensors]:
-                key = f"{mixture}experts.{missing[0]}.{rest}"
+            missing = next((expert for expert in experts if (expert, rest) not in tensors), None)
+            if missing is not None:
+                key = f"{mixture}experts.{missing}.{rest}"
                 raise CheckpointError(f"{key}: is missing, but experts up to {experts[-1]} are there; give the checkpoint in full.")
             weights = [tensors[expert, rest] for expert in experts]
+            if odd := [expert for expert, weight in enumerate(weights) if weight.shape != weights[0].shape]:
+                raise CheckpointError(
+                    f"{mixture}experts.{odd[0]}.{rest}: has the shape {list(weights[odd[0]].shape)}, that of expert 0 "
+                    f"{list(weights[0].shape)}; experts of a mixture must be alike, take another checkpoint."
+                )
             stacked[mixture + name] = torch.stack([weight.T for weight in weights] if name == "down_GID" else weights)
     return stacked
 

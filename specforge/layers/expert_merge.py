@@ -48,7 +48,7 @@ def merge_experts(moe: SparseMoE, threshold: float) -> tuple[SparseMoE, MergeRep
     with torch.no_grad():
         flat_GX = torch.cat([weight.float().flatten(1) for weight in moe.experts], 1)
         unit_GX = F.normalize(flat_GX, dim=1)
-        cosine_GG = (unit_GX @ unit_GX.T).tolist()
+        cosine_GG = (unit_GX @ unit_GX.T).clamp(max=1).tolist()  # rounding takes that of copies beyond 1
     groups: list[list[int]] = []
     for each in range(len(cosine_GG)):
         home = next((group for group in groups if cosine_GG[group[0]][each] > threshold), None)

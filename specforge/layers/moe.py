@@ -108,6 +108,8 @@ class SparseMoE(nn.Module):
         """Which implementation computes `x_TD`, and why."""
         (tokens, width), inner, on_cpu = x_TD.shape, self.up_GID.shape[1], x_TD.device.type == "cpu"
         asked, refused, sync_free = self.implementation, why_not_grouped(x_TD, inner), self.sync_free or not on_cpu
+        if not tokens:
+            return Choice("dense", "there is no token, and of all implementations this one gives every weight its gradient of zeros")
         if asked not in ("auto", "grouped") or (asked == "grouped" and not refused):
             return Choice(asked, "as configured")
         work = f"{tokens} tokens x {width} x {inner}"
@@ -134,5 +136,5 @@ def why_not_grouped(x_TD: torch.Tensor, inner: int) -> str | None:
 
 
 def balance_loss(importance_E: torch.Tensor) -> torch.Tensor:
-    """std / mean of the experts' importance, which is 0 when all are asked alike."""
-    return importance_E.std() / (importance_E.mean() + 1e-6)
+    """std / mean of the experts' importance, which is 0 when all are asked alike, as an expert without others is."""
+    return importance_E.std(correction=min(len(importance_E) - 1, 1)) / (importance_E.mean() + 1e-6)

@@ -52,7 +52,7 @@ class PackedLayout:
 
     def filter(self, keep: Sequence[bool]) -> tuple[Self, torch.Tensor]:
         """The documents whose entry of `keep` is true, as `permute` returns them."""
-        return self._take(np.flatnonzero(keep).tolist())
+        return self._take(np.arange(len(self.documents.lengths))[np.array(keep, dtype=bool)].tolist())
 
     def split(self, counts: Sequence[int]) -> list[tuple[Self, torch.Tensor]]:
         """The first `counts[0]` documents, the next `counts[1]`, and so on, each part as `permute` returns it."""

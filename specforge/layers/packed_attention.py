@@ -38,8 +38,8 @@ class Loop(PackedAttention):
         self._lengths = [length for length in layout.documents.lengths if length]
 
     def __call__(self, q_ThD: torch.Tensor, k_TgD: torch.Tensor, v_TgD: torch.Tensor) -> torch.Tensor:
-        if not self._lengths:
-            return q_ThD
+        if not self._lengths:  # no rows, but a gradient for each input: other ranks, which have rows, wait for all of them
+            return q_ThD + sum(x_TgD.repeat_interleave(q_ThD.shape[1] // x_TgD.shape[1], 1) for x_TgD in (k_TgD, v_TgD))
         each_document = zip(*(x[None].split(self._lengths, 1) for x in (q_ThD, k_TgD, v_TgD)), strict=True)
         return torch.cat([_causal(*qkv) for qkv in each_document], 1)[0]
 

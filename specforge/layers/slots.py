@@ -3,7 +3,7 @@
 Row 0 is padding: it is zero, and learns nothing. Which row a sign has is a policy that must be the same in training and in use.
 Bags lie token by token, and slot by slot within a token, so that one `embedding_bag` leaves the very matrix that a layer reads.
 
-Shapes: N tokens with S slots, B = N * S bags, V signs in all bags, d width of a row.
+Shapes: N tokens with S slots, B = N * S bags, V signs in all bags, R rows of width d.
 """
 
 from collections.abc import Mapping
@@ -149,5 +149,8 @@ class _Bags(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        row_V, begin_B, *of_bags = ctx.saved_tensors
-        return torch.ops.aten._embedding_bag_backward(grads[0], row_V, begin_B, *of_bags, ctx.rows, False, 0, False, None, 0), None, None
+        (grad_Bd,), (row_V, begin_B, *of_bags) = grads, ctx.saved_tensors
+        # A running sum in bfloat16 stands still at 256 of its terms, and a popular sign is in more bags.
+        wide_Bd = grad_Bd.to(torch.promote_types(grad_Bd.dtype, torch.float32))
+        grad_Rd = torch.ops.aten._embedding_bag_backward(wide_Bd, row_V, begin_B, *of_bags, ctx.rows, False, 0, False, None, 0)
+        return grad_Rd.to(grad_Bd.dtype), None, None

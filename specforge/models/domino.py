@@ -64,7 +64,9 @@ class DominoDraft(DFlashDraft):
     @property
     def correction_VE(self) -> torch.Tensor:
         """W2."""
-        return self.get_parameter("embed_proj.2.weight")
+        weight = self.embed_proj[2].weight  # not `get_parameter`: in bfloat16 on one device a cast of it stands here
+        assert isinstance(weight, torch.Tensor)
+        return weight
 
     def squeeze(self, hidden_XH: torch.Tensor, state_XG: torch.Tensor) -> torch.Tensor:
         """SiLU(W1 [z; s]), [X, E]."""

@@ -1,15 +1,17 @@
 """How much of what a task scores a draft would have foreseen: a free look at its acceptance on other text than it was trained on."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 
 from specforge.distributed import World
 from specforge.features.batch import DraftBatch
 from specforge.features.store import SampleFeatures
 from specforge.features.target import Target
+from specforge.layers.rows import to_device
+from specforge.methods.base import Plan
 from specforge.suite.tokens import TaskTokens
 
 _CAPTURE_TOKENS = 8192
@@ -34,14 +36,19 @@ def draft_accepted(target: Target, method: Any, tokens: TaskTokens, examples: Se
             SampleFeatures.of({"input_ids": torch.from_numpy(text), "loss_mask": mask, **features})
             for text, mask, features in zip(texts, masks, captured, strict=True)
         ]
-        batch = DraftBatch.pack(range(len(some)), samples).to(target.device)
-        proposals_T = method(batch, method.plan(batch)).proposals_TK[:, 0]
-        lasts = np.cumsum([len(text) for text in texts]) - 1
-        starts_T = batch.loss_mask.clone()
-        starts_T[torch.from_numpy(lasts).to(starts_T.device)] = False
-        counts += torch.stack([(proposals_T == batch.argmax)[starts_T].sum(), starts_T.sum()])
+        batch = DraftBatch.pack(range(len(some)), samples)
+        plan = method.plan(replace(batch, argmax=batch.argmax.cpu()))  # on the host, which waits for the capture here and nowhere else
+        counts += foreseen(method, batch.to(target.device), plan)
     right, total = world.sum_(counts).tolist()
     return right / total if total else float("nan")
+
+
+def foreseen(method: Any, batch: DraftBatch, plan: Plan) -> torch.Tensor:
+    """How many of the scored positions a draft's first token gets right, and how many there are: int64 [2]."""
+    proposals_T = method(batch, plan).proposals_TK[:, 0]
+    last_D = to_device(batch.documents.starts[1:] - 1, proposals_T.device)
+    starts_T = batch.loss_mask.index_fill(0, last_D, False)
+    return torch.stack([((proposals_T == batch.argmax) & starts_T).sum(), starts_T.sum()])
 
 
 def _packed(rows: Sequence[int], tokens: TaskTokens) -> Iterator[list[int]]:

@@ -6,11 +6,13 @@ size, V vocabulary.
 
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from specforge import files
+from specforge.decode.cache import PassingCache
 from specforge.decode.session import TargetSession
 from specforge.distributed import World
 from specforge.errors import ConfigError, SpecForgeError
@@ -60,8 +62,11 @@ class Model:
         self.longest = longest or int(getattr(target.config, "max_position_embeddings", 0)) or 2**31
         self.why_not_plain = _reason(lambda: target.require_plain_head(np.arange(8) % target.vocab_size))
         """Why its logits are not head times hidden state; empty where they are."""
+        self._asked: dict[str, Any] = {"use_cache": False}
         self.why_no_tree = self.why_not_plain or _reason(self._compare_a_tree)
         """Why it cannot score a prefix tree; empty where it can."""
+        if not self.why_no_tree:  # so its layers take any cache
+            self._asked["past_key_values"] = PassingCache(target.num_layers)
 
     def batch_forwards(self, batches: Iterable[Batch], found: Predictions) -> Iterator[Batch]:
         """Each batch when its forward is done; they are on the model's device."""
@@ -92,7 +97,7 @@ class Model:
             logits_BSV = self.target.model(input_ids=batch.ids_BS, use_cache=False).logits
             found.note(logits_BSV[batch.row_Q, batch.column_Q], batch.token_Q, batch.place_Q)
             return
-        last_BSH = self.target.decoder(input_ids=batch.ids_BS, use_cache=False).last_hidden_state
+        last_BSH = self.target.decoder(input_ids=batch.ids_BS, **self._asked).last_hidden_state
         self._note(last_BSH[batch.row_Q, batch.column_Q], batch.token_Q, batch.place_Q, found)
 
     def _note(self, last_XH: torch.Tensor, token_X: torch.Tensor, place_X: torch.Tensor, found: Predictions) -> None:

@@ -92,6 +92,17 @@ def test_a_merged_mixture_survives_its_state() -> None:
     assert other(x_TD).out_TD.equal(merged(x_TD).out_TD)
 
 
+def test_a_threshold_of_one_merges_nothing() -> None:
+    """Not even copies, whose cosine rounding may take beyond 1."""
+    for seed in range(20):
+        torch.manual_seed(seed)
+        moe = SparseMoE(WIDTH, INNER, 8, 2)
+        with torch.no_grad():
+            for weight in moe.experts:
+                weight[4:] = weight[:4]
+        assert merge_experts(moe, 1.0)[1].sizes == (1,) * 8, seed
+
+
 @pytest.mark.parametrize("threshold", [0.0, -1.0, 1.5])
 def test_a_threshold_that_is_no_likeness_is_refused(threshold: float) -> None:
     with pytest.raises(ConfigError, match="merge_threshold"):

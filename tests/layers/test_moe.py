@@ -84,11 +84,21 @@ def test_gradients_of_many_tokens_are_not_added_up_in_bf16(name: str, monkeypatc
     assert grad_GD.tolist() == [[500.0 * (group == 1)] * WIDTH for group in range(GROUPS)]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", FORMS)
-def test_no_token_has_no_answer(name: str) -> None:
-    x_TD, *weights, weight_TK = inputs(torch.zeros(0, 2, dtype=torch.int64), torch.float32)
+def test_no_token_has_no_answer(name: str, dtype: torch.dtype) -> None:
+    x_TD, *weights, weight_TK = inputs(torch.zeros(0, 2, dtype=torch.int64), dtype)
     out_TD, lost = FORMS[name](x_TD, Experts(*weights), Picks(weight_TK, torch.zeros(0, 2, dtype=torch.int64)))
-    assert out_TD.shape == (0, WIDTH) and lost == 0
+    assert out_TD.shape == (0, WIDTH) and out_TD.dtype == dtype and lost == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_no_token_gives_every_weight_a_gradient(implementation: str, dtype: torch.dtype) -> None:
+    """Other ranks may have tokens, and the reduction waits for all."""
+    moe = mixture(implementation).to(dtype)
+    moe(torch.zeros(0, WIDTH, dtype=dtype)).out_TD.sum().backward()
+    assert all(parameter.grad is not None and not parameter.grad.any() for parameter in moe.parameters())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -126,6 +136,7 @@ def test_balance_is_spread_over_mean() -> None:
     """1 and 3: mean 2, standard deviation (of a sample) sqrt(2)."""
     torch.testing.assert_close(balance_loss(torch.tensor([1.0, 3.0])), torch.tensor(math.sqrt(2) / 2), rtol=1e-6, atol=0)
     assert balance_loss(torch.tensor([2.0, 2.0])) == 0
+    assert balance_loss(torch.tensor([2.0])) == 0
 
 
 def test_noise_is_for_training() -> None:
@@ -143,6 +154,7 @@ def test_noise_is_for_training() -> None:
 
 @pytest.mark.parametrize("groups", [None, (0, 1, 0, 2)])
 def test_a_group_is_one_expert(groups: tuple[int, ...] | None) -> None:
+    """In the mixture, and in what its weights and its gate learn."""
     moe, x_TD = mixture(groups=groups), torch.randn(40, WIDTH)
     expected_TD = torch.zeros_like(x_TD)
     for token, shares_E in enumerate(moe.gate(x_TD).softmax(-1)):
@@ -150,10 +162,16 @@ def test_a_group_is_one_expert(groups: tuple[int, ...] | None) -> None:
             group = moe.groups[expert]
             hidden_I = (moe.up_GID[group] @ x_TD[token] + moe.up_bias_GI[group]).relu()
             expected_TD[token] += shares_E[expert] * (hidden_I @ moe.down_GID[group] + moe.down_bias_GD[group])
+    direction_TD = torch.randn(40, WIDTH)
+    expected = torch.autograd.grad(expected_TD, list(moe.parameters()), direction_TD)
     for name in IMPLEMENTATIONS:
         if name != "capacity":
             same = mixture(name, groups=groups)
-            torch.testing.assert_close(same(x_TD).out_TD, expected_TD, rtol=1e-5, atol=1e-5)
+            out_TD = same(x_TD).out_TD
+            torch.testing.assert_close(out_TD, expected_TD, rtol=1e-5, atol=1e-5)
+            got = torch.autograd.grad(out_TD, list(same.parameters()), direction_TD)
+            for one, other in zip(got, expected, strict=True):
+                torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
 def test_the_mixture_reports_what_it_lost() -> None:
@@ -218,4 +236,16 @@ def test_a_missing_key_of_an_expert_is_named() -> None:
     single = unstack_experts({f"moe.{key}": value for key, value in mixture().state_dict().items()})
     del single["moe.experts.1.fc2.bias"]
     with pytest.raises(CheckpointError, match=r"moe\.experts\.1\.fc2\.bias: is missing"):
+        stack_experts(single)
+
+
+def test_an_expert_of_any_number_is_refused_at_once() -> None:
+    with pytest.raises(CheckpointError, match=r"^experts\.0\.fc1\.weight: is missing, but experts up to 1000000000000 are there"):
+        stack_experts({f"experts.{10**12}.fc1.weight": torch.zeros(INNER, WIDTH)})
+
+
+def test_experts_of_different_shapes_are_refused_by_name() -> None:
+    single = unstack_experts({f"moe.{key}": value for key, value in mixture().state_dict().items()})
+    single["moe.experts.2.fc1.weight"] = torch.zeros(INNER, WIDTH + 1)
+    with pytest.raises(CheckpointError, match=r"moe\.experts\.2\.fc1\.weight: has the shape \[24, 17\], that of expert 0 \[24, 16\]"):
         stack_experts(single)

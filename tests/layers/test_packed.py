@@ -55,6 +55,11 @@ def test_documents_move_with_their_rows(lengths: tuple[int, ...]) -> None:
     assert_holds(PackedLayout.merge([part for part, _ in (first, nothing, second)]), documents)
 
 
+def test_a_choice_that_is_not_of_all_documents_is_refused() -> None:
+    with pytest.raises(IndexError, match="boolean"):
+        layout_of((3, 0, 1)).filter([True, True])
+
+
 def test_what_is_derived_is_derived_once() -> None:
     layout = layout_of((3, 0, 1))
     assert layout.document_T is layout.document_T

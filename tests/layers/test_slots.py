@@ -17,6 +17,7 @@ ROWS, WIDTH, SLOTS = 11, 6, 3
 TOKENS: dict[str, list[list[list[int]]]] = {
     "one token": [[[3], [4, 5], [10]]],
     "an empty slot": [[[3], [], [1]], [[], [], [2]], [[7, 8], [], []]],
+    "no token": [],
     "no sign at all": [[[], [], []], [[], [], []]],
     "duplicate signs": [[[3, 3], [3], [4, 4, 4]], [[3], [4], []]],
     "sign 0": [[[0], [0, 5], []], [[5], [0, 0], [11]]],
@@ -27,7 +28,8 @@ DTYPES = [torch.float32, torch.bfloat16]
 
 def bags(tokens: list[list[list[int]]]) -> SlotBags:
     signs = [sign for token in tokens for bag in token for sign in bag]
-    return SlotBags.of(np.array(signs, dtype=np.int64), np.array([[len(bag) for bag in token] for token in tokens]))
+    counts = [len(bag) for token in tokens for bag in token]
+    return SlotBags.of(np.array(signs, dtype=np.int64), np.array(counts, dtype=np.int64).reshape(-1, SLOTS))
 
 
 def embedding(policy: str, implementation: str = "fused", dtype: torch.dtype = torch.float32) -> SlotEmbedding:
@@ -51,7 +53,7 @@ def test_each_form_is_the_sum_of_rows(implementation: str, case: str, policy: st
     direction_NX = torch.randn(out_NX.shape).to(dtype)
     (grad_Rd,) = torch.autograd.grad(out_NX, slots.table, direction_NX)
     table, u = slots.table.detach().double(), torch.finfo(dtype).eps / 2
-    most = max(len(bag) for token in tokens for bag in token)
+    most = max((len(bag) for token in tokens for bag in token), default=0)
     expected_Rd, magnitude_Rd = torch.zeros(2, ROWS, WIDTH, dtype=torch.float64)
     for number, token in enumerate(tokens):
         for slot, bag in enumerate(token):
@@ -63,6 +65,14 @@ def test_each_form_is_the_sum_of_rows(implementation: str, case: str, policy: st
                 expected_Rd[row] += direction_NX[number, part]
                 magnitude_Rd[row] += direction_NX[number, part].abs()
     assert ((grad_Rd.double() - expected_Rd).abs() <= 8 * u * magnitude_Rd).all()
+
+
+def test_the_gradient_of_a_popular_sign_is_not_added_up_in_bf16() -> None:
+    """1000 weights of 0.5 are 500, which bfloat16 holds; a running sum of them in bfloat16 stands still at 128."""
+    slots = embedding("modulo", dtype=torch.bfloat16)
+    out_NX = slots(bags([[[5], [], []]] * 1000))
+    (grad_Rd,) = torch.autograd.grad(out_NX, slots.table, torch.full_like(out_NX, 0.5))
+    assert grad_Rd[5].tolist() == [500.0] * WIDTH
 
 
 def test_the_padding_row_is_zero_and_learns_nothing() -> None:

@@ -45,7 +45,7 @@ each_method = pytest.mark.parametrize("name", METHODS)
 def make(name: str, target_path: Path, store: LocalFeatureStore, seed: int = 0, **others: Any) -> Any:
     options = METHODS[name].options
     known = {field.name for field in fields(options)}
-    chosen = options(**{key: value for key, value in TINY.items() if key in known}, **others)
+    chosen = options(**{key: value for key, value in TINY.items() if key in known} | others)
     return METHODS[name].load().build(chosen, TargetTables.read(target_path), store, seed)
 
 

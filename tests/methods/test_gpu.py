@@ -7,9 +7,24 @@ import torch
 
 from specforge.features.batch import DraftBatch
 from specforge.features.store import LocalFeatureStore
+from tests.methods.test_contract import MOMENT, each_method, make
 from tests.tiny import make_method
 
 pytestmark = pytest.mark.gpu
+
+
+@each_method
+def test_no_method_waits(name: str, target_path: Path, store: LocalFeatureStore) -> None:
+    """In training; a first step sets libraries up, which may wait."""
+    method, batch = make(name, target_path, store), DraftBatch.read(store, range(len(store)))
+    plan, there = method.plan(batch, MOMENT), batch.to(torch.device("cuda", 0))
+    method.cuda()
+    method(there, plan).loss_sum.backward()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        method(there, plan).loss_sum.backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

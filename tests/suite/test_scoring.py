@@ -8,8 +8,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
+from specforge.decode.cache import PassingCache
 from specforge.distributed import World
 from specforge.features.target import Target
 from specforge.suite.batches import base_batches, compose
@@ -94,3 +105,22 @@ def test_every_mode_is_the_sequential_evaluation(name: str, attention: str, dtyp
             np.testing.assert_allclose(said.loss_R, losses, rtol=0, atol=tolerance, err_msg=f"{label} {mode}")
             assert said.right_E.tolist() == [right for _, right, _ in expected], (label, mode)
             assert said.predicted_E.tolist() == [predicted for _, _, predicted in expected], (label, mode)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", [*MAKERS, "sliding"])
+def test_a_cache_that_keeps_nothing_changes_no_bit(name: str, attention: str) -> None:
+    sliding = MistralConfig(
+        vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+        sliding_window=5, initializer_range=0.3,
+    )  # fmt: skip
+    make = MAKERS.get(name, lambda attention: MistralForCausalLM._from_config(sliding, attn_implementation=attention))
+    torch.manual_seed(0)
+    target = Target(make(attention))
+    ids_BS = torch.randint(0, 300, (3, 17))
+    cache = PassingCache(target.num_layers)
+    with torch.no_grad():
+        plain, first, second = (
+            target.decoder(input_ids=ids_BS, past_key_values=each, use_cache=False).last_hidden_state for each in (None, cache, cache)
+        )
+    assert torch.equal(first, plain) and torch.equal(second, plain)
