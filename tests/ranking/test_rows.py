@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 import torch
 
+from specforge.distributed import World
 from specforge.errors import DataError
 from specforge.ranking.batch import RankingBatch, RowMeta, UserRows
 from specforge.ranking.store import UserCache
 from tests.ranking.files_of_rows import bags, random_lines, store, write
+from tests.ranks import run_ranks
 
 
 def test_rows_of_a_user_come_in_the_order_of_time_and_their_signs_by_slot(tmp_path: Path) -> None:
@@ -166,6 +168,18 @@ def test_a_store_is_made_once_for_a_file_and_its_settings(tmp_path: Path) -> Non
     store(tmp_path, lines, filter_users=False)
     assert store(tmp_path, [*lines, "cat,1,0,1,1:6"]).ids == ["ann", "bob", "cat"]
     assert len(entries()) == 5
+
+
+def test_ranks_that_ask_at_once_get_one_store(tmp_path: Path) -> None:
+    path = write(tmp_path, *random_lines(100, seed=3))
+
+    def asked(world: World) -> tuple[str, int]:
+        users = UserCache(tmp_path / "cache").get(path, slots=3, filter_users=True)
+        return users.folder.name, len(users)
+
+    first, second = run_ranks(asked)
+    assert first == second
+    assert [found.name for found in (tmp_path / "cache").iterdir() if found.is_dir()] == [first[0]]
 
 
 def test_a_damaged_store_is_made_again(tmp_path: Path) -> None:
