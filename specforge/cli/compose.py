@@ -33,6 +33,7 @@ from specforge.training.controller import TrainerController, refuse_after_non_fi
 from specforge.training.run_folder import Checkpoint, read_state, resolve
 from specforge.training.state import TrainState
 
+
 def build_evaluator(config: RunConfig, store: LocalFeatureStore, draft_tokens: int, world: World) -> Evaluator:
     chosen = config.eval.draft_tokens or draft_tokens
     if chosen > draft_tokens:
@@ -48,7 +49,14 @@ def contract(config: RunConfig) -> dict[str, Any]:
     whole = settings_of(config)
     data = {key: value for key, value in whole["data"].items() if key != "exclude_ids"}
     features = {"teacher_top_k": whole["features"]["teacher_top_k"]}
-    return {"seed": whole["seed"], "model": whole["model"], "method": whole["method"], "data": data, "features": features, "train": whole["train"]}
+    return {
+        "seed": whole["seed"],
+        "model": whole["model"],
+        "method": whole["method"],
+        "data": data,
+        "features": features,
+        "train": whole["train"],
+    }
 
 
 def build_controller(config: RunConfig, world: World) -> TrainerController:

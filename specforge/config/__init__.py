@@ -5,4 +5,14 @@ from specforge.config.load import dump_config, load_config, load_ranking_config,
 from specforge.config.ranking import RankingConfig
 from specforge.config.schema import EvalConfig, RunConfig
 
-__all__ = ["EvalConfig", "Levers", "RankingConfig", "RunConfig", "dump_config", "load_config", "load_ranking_config", "load_task", "to_dict"]
+__all__ = [
+    "EvalConfig",
+    "Levers",
+    "RankingConfig",
+    "RunConfig",
+    "dump_config",
+    "load_config",
+    "load_ranking_config",
+    "load_task",
+    "to_dict",
+]

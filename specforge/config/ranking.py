@@ -45,8 +45,13 @@ class RankingDataConfig:
     """Users of which scored rows are predicted, the rows before them are history."""
     cache_dir: str = ""
     """Root of the rows in packed form; empty: `output_dir/rows`."""
+    max_rows: int = 0
+    """Newest rows of a user that are kept (older ones are counted); 0: all."""
     exclude_ids: tuple[str, ...] = ()
     """Users that are never trained on."""
+
+    def __post_init__(self) -> None:
+        require_at_least("data", 0, max_rows=self.max_rows)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -40,7 +40,9 @@ class LoadedModel:
     """Added to the head's bias: the calibration of the checkpoint, 0 where there is none."""
 
 
-def load_ranking_model(path: str | Path, levers: Levers, device: torch.device = torch.device("cpu"), *, strict: bool = False) -> LoadedModel:
+def load_ranking_model(
+    path: str | Path, levers: Levers, device: torch.device = torch.device("cpu"), *, strict: bool = False
+) -> LoadedModel:
     """
     Args:
         path: RUN/best, RUN/latest, a step folder, or any folder of `config.json` and safetensors; experts stacked or under a key each.

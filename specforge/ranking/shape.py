@@ -54,4 +54,6 @@ class CTRConfig:
         theirs = stored.stored()
         for key, value in self.stored().items():
             if theirs[key] != value:
-                raise CheckpointError(f"{folder}: its model has {key}={theirs[key]!r}, wanted is {value!r}; set model.{key}={theirs[key]!r}.")
+                raise CheckpointError(
+                    f"{folder}: its model has {key}={theirs[key]!r}, wanted is {value!r}; set model.{key}={theirs[key]!r}."
+                )
