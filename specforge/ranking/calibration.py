@@ -8,12 +8,18 @@ Shapes: P scored rows.
 
 import math
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 
 from specforge import files
 from specforge.distributed import World
 from specforge.errors import CheckpointError, DataError
+from specforge.eval.calibration import is_for_fit
+from specforge.ranking.evaluate import Predictions
+from specforge.ranking.metrics import ClickSums
+from specforge.ranking.store import UserStore
 
 FILE = "calibration.json"
 FORMAT_VERSION = 1
@@ -39,6 +45,22 @@ def fit_shift(logit_P: torch.Tensor, label_P: torch.Tensor, world: World) -> flo
         predicted = world.sum_(torch.sigmoid(logit_P + middle).sum().reshape(1)).item()
         low, high = (middle, high) if predicted < clicks else (low, middle)
     return (low + high) / 2
+
+
+def fit_and_measure(store: UserStore, predictions: Predictions, world: World) -> tuple[float, dict[str, Any]]:
+    """The shift fitted on one half of the held-out users, and on the other half `eval/calibration/raw/pcoc` and so on without it,
+    `eval/calibration/shifted/pcoc` and so on with it; equal on all ranks."""
+    for_fit_U = np.array([is_for_fit(name) for name in store.ids])
+    label_P, fits_P = store.label_N[predictions.row_P], for_fit_U[predictions.user_P]
+    shift = fit_shift(predictions.logit_P[fits_P], torch.from_numpy(label_P[fits_P]), world)
+    numbers: dict[str, Any] = {"eval/calibration/shift": shift}
+    user_P, measured_P = predictions.user_P[~fits_P], torch.from_numpy(label_P[~fits_P])
+    for version, added in (("raw", 0.0), ("shifted", shift)):
+        sums = ClickSums(("all",), len(store))
+        sums.add(predictions.logit_P[~fits_P] + added, measured_P, np.zeros(len(user_P), dtype=np.int64), user_P)
+        found = sums.numbers(world)
+        numbers |= {f"eval/calibration/{version}/{name}": found[name] for name in ("auc", "pcoc", "ece", "ne", "scored_rows")}
+    return shift, numbers
 
 
 def write_shift(folder: Path, shift: float) -> None:
