@@ -24,6 +24,9 @@ from specforge.ranking.batch import RankingBatch
 from specforge.ranking.shape import CTRConfig
 
 LARGEST_LOGIT = 15.0
+TABLE_SCALE = 0.16
+"""Of what the table of signs begins with. Behind the norm its scale says nothing but how much a step moves it: at 1 the AUC on the made-up
+world was 0.002 lower after 200 steps."""
 
 
 class Scores(NamedTuple):
@@ -41,6 +44,8 @@ class RepEncoder(nn.Module):
     def __init__(self, config: CTRConfig) -> None:
         super().__init__()
         self.slots = SlotEmbedding(config.slots)
+        with torch.no_grad():
+            self.slots.table *= TABLE_SCALE
         self.norm = nn.LayerNorm(config.slots.slots * config.slots.width)
         self.project = nn.Linear(config.slots.slots * config.slots.width, config.width)
 
