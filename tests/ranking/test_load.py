@@ -159,7 +159,7 @@ def test_grouped_experts_of_an_odd_width_fall_back(tmp_path: Path, capsys: pytes
     loaded = load_ranking_model(folder, Levers(moe="grouped"))
     assert "levers.moe=auto stands in for grouped: grouped_mm wants rows of a multiple of 16 bytes" in capsys.readouterr().err
     assert torch.equal(scores(loaded.model), scores(load_ranking_model(folder, Levers()).model))
-    with pytest.raises(ConfigError, match="levers.moe=grouped: grouped_mm wants"):
+    with pytest.raises(ConfigError, match=r"levers\.moe=grouped: grouped_mm wants"):
         load_ranking_model(folder, Levers(moe="grouped"), strict=True)
 
 
