@@ -41,7 +41,7 @@ def rows_alone(sample: Sample) -> Sample:
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    """Rows of 9,600 users, as many as 200 steps of 48 see, and of 3,000 others, whose last eight rows are scored; and the truth of these."""
+    """Rows of 9,600 users, as many as 200 steps of 48 see, and of 3,000 others, whose last eight rows are scored; and these' truth."""
     folder, of_clicks = tmp_path_factory.mktemp("world"), ClickWorld()
     train, heldout = of_clicks.draw(9600, 0), of_clicks.draw(3000, 1, scored_share=1.0, scored_rows=8)
     for name, sample in (("train", train), ("eval", heldout)):
