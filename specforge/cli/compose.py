@@ -1,6 +1,5 @@
 """From a RunConfig to a ready controller; `build_controller` is what the command line, scripts and tests call."""
 
-import json
 import os
 import sys
 import time
@@ -11,9 +10,9 @@ from typing import Any
 
 import torch
 
-from specforge import files
+from specforge.cli.continuing import continued, horizon, refuse_other_settings, settings_of, starting_point, write_config
 from specforge.cli.inputs import LazyTarget, Paths, eval_store, feature_meta, prepare_features, read_tables
-from specforge.config import RunConfig, dump_config, to_dict
+from specforge.config import RunConfig, to_dict
 from specforge.config.methods import registered
 from specforge.decode.engine import Decoder
 from specforge.decode.tree import TreeShape
@@ -29,16 +28,10 @@ from specforge.log.run_log import RunLog
 from specforge.methods.base import Moment
 from specforge.models.calibration import write_calibrations
 from specforge.training.backend import FSDPTrainingBackend
-from specforge.training.checkpoint import CheckpointManager, job_name
+from specforge.training.checkpoint import CheckpointManager
 from specforge.training.controller import TrainerController, refuse_after_non_finite
-from specforge.training.run_folder import Checkpoint, changed_settings, find_checkpoints, newest, read_branch, read_state, resolve
+from specforge.training.run_folder import Checkpoint, read_state, resolve
 from specforge.training.state import TrainState
-
-_FREE_TRAIN_SETTINGS = (
-    "resume_from", "allow_config_change", "allow_non_finite", "log_every", "eval_every", "save_every", "micro_batch_tokens", "sharding",
-    "profile",
-)  # fmt: skip
-"""Settings of `train` that may differ between a checkpoint and the run that continues it."""
 
 
 def build_evaluator(config: RunConfig, store: LocalFeatureStore, draft_tokens: int, world: World) -> Evaluator:
@@ -53,45 +46,17 @@ def build_evaluator(config: RunConfig, store: LocalFeatureStore, draft_tokens: i
 
 def contract(config: RunConfig) -> dict[str, Any]:
     """The settings that a checkpoint remembers and a resumed run must share."""
-    whole = json.loads(json.dumps(to_dict(config)))
-    train = {key: value for key, value in whole["train"].items() if key not in _FREE_TRAIN_SETTINGS}
+    whole = settings_of(config)
     data = {key: value for key, value in whole["data"].items() if key != "exclude_ids"}
     features = {"teacher_top_k": whole["features"]["teacher_top_k"]}
-    return {"seed": whole["seed"], "model": whole["model"], "method": whole["method"], "data": data, "features": features, "train": train}
-
-
-def starting_point(config: RunConfig) -> Checkpoint | None:
-    """The checkpoint to begin from: what `train.resume_from` names or, in a torchrun restart, where this job's branch stands.
-
-    Raises:
-        CheckpointError: `resume_from` names none, or the folder holds a run and `resume_from` is empty.
-    """
-    folder = Paths.of(config).run
-    complete, branch = find_checkpoints(folder), read_branch(folder)
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
-    if restarted and branch and (branch.job, branch.resume_from) == (job_name(), config.train.resume_from):
-        return newest(folder)
-    if config.train.resume_from:
-        return resolve(Path(config.train.resume_from), "train.resume_from")
-    if complete:
-        raise CheckpointError(
-            f"output_dir={str(folder)!r}: holds a run already ({complete[-1].path.name}); "
-            f"set train.resume_from={folder}/latest to continue it, or choose another output_dir."
-        )
-    return None
-
-
-def fork_id(folder: Path, checkpoint: Checkpoint, run_id: str) -> str:
-    """The run id to go on with: the checkpoint's own if it is the newest of its run here, else a new one."""
-    if checkpoint.path.parent.resolve() != folder.resolve():
-        return run_id
-    known = find_checkpoints(folder)
-    if all(other.step <= checkpoint.step for other in known if other.run_id == checkpoint.run_id):
-        return checkpoint.run_id
-    number = 1
-    while any(other.run_id == f"{checkpoint.run_id}.fork{number}" for other in known):
-        number += 1
-    return f"{checkpoint.run_id}.fork{number}"
+    return {
+        "seed": whole["seed"],
+        "model": whole["model"],
+        "method": whole["method"],
+        "data": data,
+        "features": features,
+        "train": whole["train"],
+    }
 
 
 def build_controller(config: RunConfig, world: World) -> TrainerController:
@@ -111,7 +76,7 @@ def build_controller(config: RunConfig, world: World) -> TrainerController:
         checkpoints = CheckpointManager(folder, world, config.checkpoint.keep, config.checkpoint.best_metric)
         checkpoints.claim()
         undo.callback(checkpoints.release)
-        world.on_main(lambda: _write_config(folder, config))
+        world.on_main(lambda: write_config(folder, config))
         heldout, store = prepare_features(config, tables, world)
 
         randomness.seed_all(config.seed, world.rank)
@@ -123,7 +88,7 @@ def build_controller(config: RunConfig, world: World) -> TrainerController:
         backend = FSDPTrainingBackend(method, config.train, world)
         state, note = TrainState(config.run_id), None
         if start is not None:
-            state, note = _continued(config, start, checkpoints, backend, world)
+            state, note = continued(config, start, checkpoints, backend, world)
         elif origin is not None:
             checkpoints.load_draft(origin, backend)
             note = {"event": "draft", "checkpoint": str(origin.path), "step": 0}
@@ -145,58 +110,14 @@ def build_controller(config: RunConfig, world: World) -> TrainerController:
     )  # fmt: skip
 
 
-def _continued(
-    config: RunConfig, start: Checkpoint, checkpoints: CheckpointManager, backend: FSDPTrainingBackend, world: World
-) -> tuple[TrainState, dict[str, Any]]:
-    """Restore a checkpoint; going on from anything but the newest of its run is a fork under a run id of its own."""
-    state, saved_size = checkpoints.load(start, backend)
-    run_id = world.on_main(lambda: fork_id(checkpoints.folder, start, config.run_id))
-    note: dict[str, Any] = {"event": "resume", "checkpoint": start.path.name, "step": state.step}
-    if run_id != state.run_id:
-        note = {"event": "fork", "parent": start.path.name, "run_id": run_id, "step": state.step}
-        state = TrainState(run_id, state.step, state.samples_seen, start.path.name)
-    if saved_size != world.size:
-        note["random_streams"] = f"derived anew: saved by {saved_size} ranks, continued by {world.size}"
-        randomness.seed_all(config.seed, world.rank, state.step)
-    return state, note
-
-
-def horizon(config: RunConfig, num_samples: int, state: TrainState) -> tuple[int, int]:
-    """(optimiser steps, samples) at the end of the run; the last step may be smaller.
-
-    From `state` on, every step takes `train.batch_samples`, whatever a checkpoint's steps took.
-    """
-    batch = config.train.batch_samples
-    samples = config.train.epochs * num_samples
-    if config.train.steps:
-        samples = state.samples_seen + (config.train.steps - state.step) * batch
-    return state.step - (state.samples_seen - samples) // batch, samples
-
-
 def _check_contract(config: RunConfig, stored: dict[str, Any], checkpoint: Checkpoint, *, weights_only: bool) -> None:
-    now = contract(config)
-    then = {key: value for key, value in stored["settings"].items() if key in now}
-    if now["method"]["name"] != then["method"]["name"]:
+    now, trained_by = contract(config), stored["settings"].get("method", {}).get("name")
+    if now["method"]["name"] != trained_by:
         raise CheckpointError(
-            f"{checkpoint.path}: was trained by method {then['method']['name']!r}, this run uses {now['method']['name']!r}; "
+            f"{checkpoint.path}: was trained by method {trained_by!r}, this run uses {now['method']['name']!r}; "
             "set method.name to the checkpoint's or start without it."
         )
-    differences = changed_settings(then, now)
-    if differences and not weights_only and not config.train.allow_config_change:
-        raise CheckpointError(
-            f"{checkpoint.path}: its settings differ from this run's:\n  " + "\n  ".join(differences)
-            + "\nUse the checkpoint's values, or set train.allow_config_change=true to go on with the new ones."
-        )  # fmt: skip
-
-
-def _write_config(folder: Path, config: RunConfig) -> None:
-    """`config.yaml`, or `config-2.yaml` and so on beside the one that the folder's checkpoints were made with."""
-    folder.mkdir(parents=True, exist_ok=True)
-    text, path, number = dump_config(config), folder / "config.yaml", 1
-    while find_checkpoints(folder) and path.is_file() and path.read_text() != text:
-        number += 1
-        path = folder / f"config-{number}.yaml"
-    files.write_text(path, text)
+    refuse_other_settings(config, now, stored, checkpoint, weights_only=weights_only)
 
 
 def evaluate_checkpoint(

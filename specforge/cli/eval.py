@@ -1,11 +1,11 @@
-"""`specforge eval CONFIG.yaml --checkpoint RUN/best`: acceptance of a draft on held-out answers."""
+"""`specforge eval CONFIG.yaml --checkpoint RUN/best`: acceptance of a draft on held-out answers, or how well clicks are predicted."""
 
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
 from specforge import files
-from specforge.config import load_config
+from specforge.config import RankingConfig, load_task
 from specforge.errors import ConfigError
 
 
@@ -17,7 +17,7 @@ def run(words: Sequence[str]) -> int:
     parser.add_argument("config", help="the configuration of the run, for example RUN/config.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that win over the file")
     parser.add_argument("--checkpoint", required=True, help="RUN/best, RUN/latest or a step folder")
-    parser.add_argument("--calibrate", action="store_true", help="store what scales the draft's confidence beside its weights")
+    parser.add_argument("--calibrate", action="store_true", help="store what scales the draft's confidence, or shifts a ranking model's logits")
     parser.add_argument("--live", type=int, default=0, metavar="N", help="decode the answers of N samples and compare with the walk")
     parser.add_argument(
         "--simulate", nargs="+", default=(), metavar="DEPTHxTOP_KxNODES", help="tokens per round of draft trees, without running the target"
@@ -25,7 +25,11 @@ def run(words: Sequence[str]) -> int:
     given = parser.parse_intermixed_args(words)
     if given.live < 0:
         raise ConfigError(f"--live {given.live}: must not be negative; 0 decodes nothing.")
-    config = load_config(given.config, given.overrides)
+    config = load_task(given.config, given.overrides)
+    if isinstance(config, RankingConfig):
+        if given.live or given.simulate:
+            raise ConfigError("--live and --simulate: decode with a draft, which a ranking run has not; leave them out.")
+        return _run_ranking(config, Path(given.checkpoint), given.calibrate)
 
     from specforge.cli.compose import evaluate_checkpoint, set_threads
     from specforge.cli.table import acceptance_table, calibration_table, chain_table, live_table
@@ -50,5 +54,21 @@ def run(words: Sequence[str]) -> int:
             print(f"tree of depth x top-k x nodes {tree:<12}{length:>8.3f} tokens per round")
         if given.live:
             print(live_table(numbers))
+        print(files.json_line(numbers))
+    return 0
+
+
+def _run_ranking(config: RankingConfig, checkpoint: Path, calibrate: bool) -> int:
+    from specforge.cli.compose import set_threads
+    from specforge.cli.ranking import evaluate_ranking_checkpoint
+    from specforge.distributed import World
+
+    world = World.join()
+    set_threads(world)
+    try:
+        numbers = evaluate_ranking_checkpoint(config, checkpoint, world, calibrate=calibrate)
+    finally:
+        world.leave()
+    if world.is_main:
         print(files.json_line(numbers))
     return 0

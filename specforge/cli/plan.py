@@ -1,6 +1,6 @@
 """What a run will cost, before it starts: steps, tokens, memory and disk."""
 
-from specforge.cli.compose import horizon
+from specforge.cli.continuing import horizon
 from specforge.cli.inputs import Paths, captured_layers, encode, read_tables
 from specforge.config import RunConfig
 from specforge.config.methods import registered

@@ -1,6 +1,18 @@
 """Torch-free configuration: sections, the registry of methods, loading and dumping."""
 
-from specforge.config.load import dump_config, load_config, to_dict
+from specforge.config.levers import Levers
+from specforge.config.load import dump_config, load_config, load_ranking_config, load_task, to_dict
+from specforge.config.ranking import RankingConfig
 from specforge.config.schema import EvalConfig, RunConfig
 
-__all__ = ["EvalConfig", "RunConfig", "dump_config", "load_config", "to_dict"]
+__all__ = [
+    "EvalConfig",
+    "Levers",
+    "RankingConfig",
+    "RunConfig",
+    "dump_config",
+    "load_config",
+    "load_ranking_config",
+    "load_task",
+    "to_dict",
+]

@@ -1,7 +1,7 @@
-"""From defaults, a YAML file and `key=value` words to one frozen RunConfig, and back to YAML."""
+"""From defaults, a YAML file and `key=value` words to one frozen configuration, and back to YAML."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,15 +12,49 @@ from yaml import YAMLError  # type: ignore[import-untyped]
 from specforge import files
 from specforge.config.document import read_document
 from specforge.config.methods import registered
+from specforge.config.ranking import RankingConfig
 from specforge.config.schema import RunConfig
 from specforge.errors import ConfigError
 
 
 def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> RunConfig:
-    """Merge defaults < file < overrides (`section.key=value`).
+    """Merge defaults < file < overrides (`section.key=value`) for the training of a draft.
 
     Raises:
         ConfigError: the file is missing, or a key is unknown, of the wrong type, or left without a value.
+    """
+    return cast(RunConfig, _load(path, overrides, _draft_schema))
+
+
+def load_ranking_config(path: str | Path | None, overrides: Sequence[str] = ()) -> RankingConfig:
+    """The same for the training of a ranking model."""
+    return cast(RankingConfig, _load(path, overrides, lambda given: OmegaConf.structured(RankingConfig)))
+
+
+def load_task(path: str | Path | None, overrides: Sequence[str] = ()) -> RunConfig | RankingConfig:
+    """The same for what the file is about: its key `task`, and without one a draft."""
+
+    def schema(given: Any) -> Any:
+        task = OmegaConf.select(given, "task", default="")
+        if task not in ("", "ranking"):
+            raise ConfigError(f"task={task!r}: there is no such task; write `task: ranking`, or leave it out to train a draft.")
+        return OmegaConf.structured(RankingConfig) if task else _draft_schema(given)
+
+    return cast("RunConfig | RankingConfig", _load(path, overrides, schema))
+
+
+def _draft_schema(given: Any) -> Any:
+    name = OmegaConf.select(given, "method.name", default="eagle3")
+    schema = OmegaConf.structured(RunConfig)
+    OmegaConf.set_readonly(schema.method, False)
+    schema.method.options = OmegaConf.structured(registered(str(name)).options)
+    return schema
+
+
+def _load(path: str | Path | None, overrides: Sequence[str], schema: Callable[[Any], Any]) -> Any:
+    """
+    Args:
+        schema: from what was given to the defaults that it is merged into.
     """
     for word in overrides:
         if "=" not in word:
@@ -28,12 +62,7 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> RunCo
     text = read_document(Path(path)) if path is not None else ""
     try:
         given = OmegaConf.merge(OmegaConf.create(text), OmegaConf.from_dotlist(list(overrides)))
-        name = OmegaConf.select(given, "method.name", default="eagle3")
-        schema = OmegaConf.structured(RunConfig)
-        OmegaConf.set_readonly(schema.method, False)
-        schema.method.options = OmegaConf.structured(registered(str(name)).options)
-        merged = OmegaConf.merge(schema, given)
-        return cast(RunConfig, OmegaConf.to_object(merged))
+        return OmegaConf.to_object(OmegaConf.merge(schema(given), given))
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None)
         reason = str(error).splitlines()[0]
@@ -45,13 +74,13 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> RunCo
         ) from error
 
 
-def to_dict(config: RunConfig) -> dict[str, Any]:
+def to_dict(config: RunConfig | RankingConfig) -> dict[str, Any]:
     """The configuration as plain dictionaries, lists and scalars."""
     return dataclasses.asdict(config)
 
 
-def dump_config(config: RunConfig) -> str:
-    """The whole configuration as YAML that `load_config` reads back."""
+def dump_config(config: RunConfig | RankingConfig) -> str:
+    """The whole configuration as YAML that `load_task` reads back."""
     return OmegaConf.to_yaml(cast(DictConfig, OmegaConf.create(_lists(to_dict(config)))))
 
 

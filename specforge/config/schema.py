@@ -9,14 +9,21 @@ from typing import Any, Literal
 from specforge.errors import ConfigError
 
 
-def _require(condition: bool, key: str, value: object, rule: str, way_out: str) -> None:
+def require(condition: bool, key: str, value: object, rule: str, way_out: str) -> None:
     if not condition:
         raise ConfigError(f"{key}={value!r}: {rule}; {way_out}.")
 
 
-def _require_at_least(section: str, minimum: float, **values: float) -> None:
+def require_at_least(section: str, minimum: float, **values: float) -> None:
     for key, value in values.items():
-        _require(value >= minimum, f"{section}.{key}", value, f"must be at least {minimum}", "give a larger number")
+        require(value >= minimum, f"{section}.{key}", value, f"must be at least {minimum}", "give a larger number")
+
+
+def require_run_id(run_id: str) -> None:
+    require(
+        bool(run_id) and all(c.isalnum() or c in "._-" for c in run_id) and not run_id.startswith("."),
+        "run_id", run_id, "may hold letters, digits, '.', '_' and '-' only", "it becomes part of folder names",
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,8 +65,8 @@ class DataConfig:
     """Samples that are never trained on."""
 
     def __post_init__(self) -> None:
-        _require_at_least("data", 4, max_length=self.max_length)
-        _require(
+        require_at_least("data", 4, max_length=self.max_length)
+        require(
             0 < self.eval_fraction < 1,
             "data.eval_fraction",
             self.eval_fraction,
@@ -93,9 +100,9 @@ class FeatureConfig:
     """Source `shared`: how long trainer and producers wait for each other before they give up."""
 
     def __post_init__(self) -> None:
-        _require_at_least("features", 1, capture_tokens=self.capture_tokens, shard_mib=self.shard_mib, ahead_steps=self.ahead_steps)
-        _require_at_least("features", 0, teacher_top_k=self.teacher_top_k)
-        _require(self.wait_s > 0, "features.wait_s", self.wait_s, "must be positive", "an hour is 3600")
+        require_at_least("features", 1, capture_tokens=self.capture_tokens, shard_mib=self.shard_mib, ahead_steps=self.ahead_steps)
+        require_at_least("features", 0, teacher_top_k=self.teacher_top_k)
+        require(self.wait_s > 0, "features.wait_s", self.wait_s, "must be positive", "an hour is 3600")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,13 +143,13 @@ class TrainConfig:
     """Print where the time of a step goes. On a GPU each phase then waits for the device, which costs speed."""
 
     def __post_init__(self) -> None:
-        _require_at_least("train", 0, steps=self.steps, warmup_steps=self.warmup_steps, weight_decay=self.weight_decay)
-        _require_at_least("train", 0, eval_every=self.eval_every, save_every=self.save_every)
-        _require_at_least("train", 1, epochs=self.epochs, batch_samples=self.batch_samples, log_every=self.log_every)
-        _require(self.learning_rate > 0, "train.learning_rate", self.learning_rate, "must be positive", "1e-4 is a common start")
+        require_at_least("train", 0, steps=self.steps, warmup_steps=self.warmup_steps, weight_decay=self.weight_decay)
+        require_at_least("train", 0, eval_every=self.eval_every, save_every=self.save_every)
+        require_at_least("train", 1, epochs=self.epochs, batch_samples=self.batch_samples, log_every=self.log_every)
+        require(self.learning_rate > 0, "train.learning_rate", self.learning_rate, "must be positive", "1e-4 is a common start")
         for key in ("beta1", "beta2"):
-            _require(0 <= getattr(self, key) < 1, f"train.{key}", getattr(self, key), "must lie in [0, 1)", "0.9 and 0.95 are common")
-        _require(self.clip_norm > 0, "train.clip_norm", self.clip_norm, "must be positive", "use a large number to switch clipping off")
+            require(0 <= getattr(self, key) < 1, f"train.{key}", getattr(self, key), "must lie in [0, 1)", "0.9 and 0.95 are common")
+        require(self.clip_norm > 0, "train.clip_norm", self.clip_norm, "must be positive", "use a large number to switch clipping off")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,8 +162,8 @@ class CheckpointConfig:
     """Any `eval/*` number; empty: `eval/walk_acc_len` where it exists, else `eval/acc_len`."""
 
     def __post_init__(self) -> None:
-        _require_at_least("checkpoint", 0, keep=self.keep)
-        _require(
+        require_at_least("checkpoint", 0, keep=self.keep)
+        require(
             not self.best_metric or self.best_metric.startswith("eval/"),
             "checkpoint.best_metric", self.best_metric, "must name an eval/* number", "eval/walk_acc_len, for instance",
         )  # fmt: skip
@@ -174,7 +181,7 @@ class EvalSettings:
     """Replicates behind the 95 % interval."""
 
     def __post_init__(self) -> None:
-        _require_at_least("eval", 0, draft_tokens=self.draft_tokens, max_samples=self.max_samples, bootstrap=self.bootstrap)
+        require_at_least("eval", 0, draft_tokens=self.draft_tokens, max_samples=self.max_samples, bootstrap=self.bootstrap)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,15 +217,12 @@ class RunConfig:
     log: LogConfig = field(default_factory=LogConfig)
 
     def __post_init__(self) -> None:
-        _require(
+        require(
             self.train.micro_batch_tokens >= self.data.max_length,
             "train.micro_batch_tokens", self.train.micro_batch_tokens,
             f"must hold the longest sample, data.max_length={self.data.max_length}", "raise it or shorten the samples",
         )  # fmt: skip
-        _require(
-            bool(self.run_id) and all(c.isalnum() or c in "._-" for c in self.run_id) and not self.run_id.startswith("."),
-            "run_id", self.run_id, "may hold letters, digits, '.', '_' and '-' only", "it becomes part of folder names",
-        )  # fmt: skip
+        require_run_id(self.run_id)
 
     @property
     def tokenizer_path(self) -> str:

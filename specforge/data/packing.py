@@ -17,7 +17,7 @@ def pack(lengths: Sequence[int], budget_tokens: int, ranks: int) -> list[list[li
     if longest > budget_tokens:
         raise DataError(
             f"A sample of {longest} tokens exceeds train.micro_batch_tokens={budget_tokens}: "
-            "a sample is never split; raise the budget or shorten the samples with data.max_length."
+            "a sample is never split; raise the budget or shorten the samples (data.max_length, of rows data.max_rows)."
         )
     rounds = max(1, -(-sum(lengths) // (budget_tokens * ranks)))
     while (bins := _place(lengths, budget_tokens, rounds * ranks)) is None:

@@ -5,8 +5,7 @@ prefix 1..k-1 is right, with probability c_k. The *survival* events are all draf
 a_k = c_1 ... c_k and label "prefix 1..k right". Sum a_k over sum of labels is then (mean accepted length predicted) / (mean
 accepted length measured): PCOC is the bias of the number that a scheduler of draft lengths works with.
 
-Everything is formed from sums in 4,096 bins, equally wide in logit(p), so neither batches, ranks nor their order matter.
-ECE = sum_b |sum_b p - sum_b right| / n over 15 groups of neighbouring bins with about equally many events.
+Everything is formed from the sums of `eval.binary`, so neither batches, ranks nor their order matter.
 
 Shapes: X starts, K positions, B bins, G temperatures tried at once.
 """
@@ -22,12 +21,9 @@ import torch
 
 from specforge.distributed import World
 from specforge.eval.acceptance import answers, compare
+from specforge.eval.binary import auc, brier, expected_calibration_error, histogram, logit_of_bins, pcoc
 from specforge.models.calibration import EPSILON, Calibration
 
-BINS = 4096
-ECE_GROUPS = 15
-_LIMIT = 32.0
-"""Largest |logit| with a bin of its own."""
 _SMALLEST_SCALE = 1e-2
 _LARGEST_TEMPERATURE = 16.0
 
@@ -87,41 +83,6 @@ class Chains:
         return torch.stack([*conditional, histogram(survival_XK[self.exists_XK], survived_XK[self.exists_XK])])
 
 
-def histogram(probability_X: torch.Tensor, right_X: torch.Tensor) -> torch.Tensor:
-    """Sums [B, 4] of events in bins of logit(p): how many, how many right, probabilities, squared errors. float64."""
-    right_X = right_X.double()
-    logit_X = torch.logit(probability_X, eps=1e-15)
-    bin_X = ((logit_X + _LIMIT) * (BINS / (2 * _LIMIT))).long().clamp(0, BINS - 1)
-    rows_X4 = torch.stack([torch.ones_like(right_X), right_X, probability_X, (probability_X - right_X) ** 2], 1)
-    return rows_X4.new_zeros(BINS, 4).index_add_(0, bin_X, rows_X4)
-
-
-def auc(sums_B4: torch.Tensor) -> torch.Tensor:
-    """P(a right draft is the more probable one), ties counted half; NaN unless both kinds exist. [..., B, 4] -> [...]."""
-    right, wrong = sums_B4[..., 1], sums_B4[..., 0] - sums_B4[..., 1]
-    below = wrong.cumsum(-1) - wrong / 2
-    return (right * below).sum(-1) / (right.sum(-1) * wrong.sum(-1))
-
-
-def pcoc(sums_B4: torch.Tensor) -> torch.Tensor:
-    """Predicted over observed: sum of probabilities / number right."""
-    return sums_B4[..., 2].sum(-1) / sums_B4[..., 1].sum(-1)
-
-
-def expected_calibration_error(sums_B4: torch.Tensor) -> torch.Tensor:
-    count = sums_B4[..., 0]
-    total = count.sum(-1)
-    middle = count.cumsum(-1) - count / 2
-    group = (middle * ECE_GROUPS / total.clamp_min(1)[..., None]).long().clamp_max(ECE_GROUPS - 1)
-    gap = sums_B4[..., 2] - sums_B4[..., 1]
-    return gap.new_zeros(*total.shape, ECE_GROUPS).scatter_add(-1, group, gap).abs().sum(-1) / total
-
-
-def brier(sums_B4: torch.Tensor) -> torch.Tensor:
-    """Mean squared error of the probability."""
-    return sums_B4[..., 3].sum(-1) / sums_B4[..., 0].sum(-1)
-
-
 def measure(versions: Mapping[str, Chains], world: World) -> dict[str, Any]:
     """`VERSION/auc` and so on of the survival, `VERSION/per_position_auc` of each conditional; equal on all ranks, one reduction."""
     sums = world.sum_(torch.stack([chains.sums() for chains in versions.values()]))
@@ -146,7 +107,7 @@ def fit_platt(chains: Chains, world: World) -> Calibration:
 def _logistic(count_B: torch.Tensor, right_B: torch.Tensor) -> tuple[float, float]:
     """Scale and bias of the likeliest right ~ sigmoid(scale * logit + bias), pulled to (1, 0) by the weight of one event."""
     limit = math.log((1 - EPSILON) / EPSILON)
-    logit_B = ((torch.arange(BINS, dtype=torch.float64) + 0.5) * (2 * _LIMIT / BINS) - _LIMIT).clamp(-limit, limit)
+    logit_B = logit_of_bins().clamp(-limit, limit)
     design_B2 = torch.stack([logit_B, torch.ones_like(logit_B)], 1)
     start_2 = torch.tensor([1.0, 0.0], dtype=torch.float64)
 

@@ -7,15 +7,28 @@ nothing.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, Self
 
 from specforge.data.packing import pack
 from specforge.distributed import World
 from specforge.errors import DataError
 from specforge.features.batch import DraftBatch
-from specforge.features.source import FeatureStore
+from specforge.features.source import SpanStore
 from specforge.features.span import Span, Spans
-from specforge.features.store import SampleFeatures
+
+
+class Batch(Protocol):
+    """Samples of a store, packed end to end."""
+
+    @classmethod
+    def pack(cls, samples: Sequence[int], features: Sequence[Any], ids: Sequence[str], /) -> Self: ...
+
+    @classmethod
+    def empty(cls, meta: Any, /) -> Self:
+        """A batch that weighs nothing. It keeps a rank without samples in step."""
+        ...
+
+    def pinned(self) -> Self: ...
 
 
 @dataclass(frozen=True)
@@ -23,7 +36,8 @@ class Window:
     """The samples of one optimiser step, and this rank's micro-batches of them (equally many on every rank)."""
 
     samples: int
-    batches: tuple[DraftBatch, ...]
+    batches: tuple[Any, ...]
+    """Of the kind that the loader was asked for."""
     plans: tuple[Any, ...] = ()
     """What the method works out of each batch on the host; empty where nobody asked for it."""
 
@@ -33,18 +47,20 @@ class FeatureDataLoader:
 
     Iterating yields windows from the current position to `total_samples`; the last one may be smaller. Features are read,
     pinned for a GPU and, with `plan`, which is told how many steps were done before, planned for while the step before is computed.
+    `kind` is what the micro-batches are, and packs the samples of `store`.
     """
 
     def __init__(
         self,
-        store: FeatureStore,
+        store: SpanStore,
         seed: int,
         batch_samples: int,
         micro_batch_tokens: int,
         total_samples: int,
         world: World,
         exclude_ids: Sequence[str] = (),
-        plan: Callable[[DraftBatch, int], Any] | None = None,
+        plan: Callable[[Any, int], Any] | None = None,
+        kind: type[Batch] = DraftBatch,
     ) -> None:
         if len(store) < world.size:
             raise DataError(f"{len(store)} training samples for {world.size} ranks: every rank needs one; use fewer ranks or more data.")
@@ -55,6 +71,7 @@ class FeatureDataLoader:
         self._budget_tokens = micro_batch_tokens
         self._world = world
         self._plan = plan
+        self._kind = kind
         self.position = self.step = 0
 
     def seek(self, samples: int, step: int = 0) -> None:
@@ -87,7 +104,7 @@ class FeatureDataLoader:
             packed = tuple(batch.pinned() for batch in packed)
         return Window(span.count, packed, plans)
 
-    def _packed(self, numbers: list[int], features: Mapping[int, SampleFeatures]) -> DraftBatch:
+    def _packed(self, numbers: list[int], features: Mapping[int, Any]) -> Batch:
         if not numbers:
-            return DraftBatch.empty(self._store.meta)
-        return DraftBatch.pack(numbers, [features[number] for number in numbers], [self._store.ids[number] for number in numbers])
+            return self._kind.empty(self._store.meta)
+        return self._kind.pack(numbers, [features[number] for number in numbers], [self._store.ids[number] for number in numbers])

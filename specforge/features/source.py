@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -11,18 +11,37 @@ from specforge.features.span import Span, Spans
 from specforge.features.store import FeatureMeta, Sample, SampleFeatures, require_unique
 
 
-class FeatureStore(Protocol):
-    """Features of numbered samples, taken span by span. Everything but `take` is known without any feature."""
+class SpanStore(Protocol):
+    """Numbered samples, taken span by span: what a loader asks. Everything but `take` is known without reading a sample."""
 
-    meta: FeatureMeta
+    meta: Any
+    """What the samples have in common, and an empty batch has too."""
     ids: list[str]
-    domains: list[str]
     lengths: np.ndarray
     """int64 [samples], in tokens."""
-    supervised: np.ndarray
-    """int64 [samples], supervised tokens."""
 
     def __len__(self) -> int: ...
+
+    def reading(self, spans: Spans, position: int) -> AbstractContextManager[None]:
+        """While entered, by all ranks together, the spans from `position` on are taken and released in their order."""
+        ...
+
+    def take(self, span: Span, numbers: Sequence[int]) -> Sequence[Any]:
+        """Some samples of `span`, this rank's. Waits where another process makes them."""
+        ...
+
+    def release(self, span: Span) -> None:
+        """All ranks have taken what they want of `span`."""
+        ...
+
+
+class FeatureStore(SpanStore, Protocol):
+    """Features of numbered samples."""
+
+    meta: FeatureMeta
+    domains: list[str]
+    supervised: np.ndarray
+    """int64 [samples], supervised tokens."""
 
     @property
     def aux_layer_ids(self) -> tuple[int, ...]: ...
@@ -35,17 +54,7 @@ class FeatureStore(Protocol):
         """How often each token id is supervised, int64 [vocab_size]."""
         ...
 
-    def reading(self, spans: Spans, position: int) -> AbstractContextManager[None]:
-        """While entered, by all ranks together, the spans from `position` on are taken and released in their order."""
-        ...
-
-    def take(self, span: Span, numbers: Sequence[int]) -> list[SampleFeatures]:
-        """The features of some samples of `span`, this rank's. Waits where another process makes them."""
-        ...
-
-    def release(self, span: Span) -> None:
-        """All ranks have taken what they want of `span`."""
-        ...
+    def take(self, span: Span, numbers: Sequence[int]) -> list[SampleFeatures]: ...
 
 
 class EncodedStore:

@@ -1,23 +1,15 @@
 """Which implementation of packed attention a device, a data type and gradients call for, and why."""
 
 import sys
-from dataclasses import dataclass
 
 import torch
 
 from specforge.errors import ConfigError
+from specforge.layers.choice import Choice
 from specforge.layers.packed_attention import IMPLEMENTATIONS
 
 HALF = (torch.float16, torch.bfloat16)
 AMPERE = (8, 0)
-
-
-@dataclass(frozen=True)
-class Choice:
-    name: str
-    """A key of `IMPLEMENTATIONS`."""
-    reason: str
-    """One sentence."""
 
 
 def resolve(asked: str, device: torch.device, dtype: torch.dtype, gradient: bool, *, strict: bool = False) -> Choice:

@@ -7,7 +7,6 @@ Shapes: T tokens of width D, E experts with I inner numbers, K picks of a token,
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -15,6 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from specforge.errors import ConfigError
+from specforge.layers.choice import Choice
 from specforge.layers.experts import FORMS, Experts, Picks
 
 GATE_NOISE = 0.1
@@ -22,14 +22,6 @@ GATE_NOISE = 0.1
 DENSE_WORK = 2**17
 """Tokens * width * inner up to which a CPU computes all experts sooner than it sorts (measured with 8 experts, 2 of them picked)."""
 IMPLEMENTATIONS = ("auto", *FORMS)
-
-
-@dataclass(frozen=True)
-class Choice:
-    """The implementation that computes, and why. A fallback is a choice other than the one asked for."""
-
-    name: str
-    reason: str
 
 
 class Mixture(NamedTuple):
@@ -89,16 +81,22 @@ class SparseMoE(nn.Module):
     def experts(self) -> Experts:
         return Experts(self.up_GID, self.up_bias_GI, self.down_GID, self.down_bias_GD)
 
-    def forward(self, x_TD: torch.Tensor) -> Mixture:
-        picks, importance_E = self.route(x_TD)
+    def forward(self, x_TD: torch.Tensor, noise_TE: torch.Tensor | None = None) -> Mixture:
+        """
+        Args:
+            noise_TE: standard normal numbers for the gate's noise; None: the mixture draws them in training, and has none elsewhere.
+        """
+        picks, importance_E = self.route(x_TD, noise_TE)
         out_TD, overflow = FORMS[self.choice(x_TD).name](x_TD, self.experts, picks)
         return Mixture(out_TD, importance_E, overflow)
 
-    def route(self, x_TD: torch.Tensor) -> tuple[Picks, torch.Tensor]:
+    def route(self, x_TD: torch.Tensor, noise_TE: torch.Tensor | None = None) -> tuple[Picks, torch.Tensor]:
         """What the gate picks, and the importance [E] of each expert."""
         logits_TE = self.gate(x_TD)
-        if self.training:
-            logits_TE = logits_TE + GATE_NOISE * torch.randn_like(logits_TE)
+        if noise_TE is None and self.training:
+            noise_TE = torch.randn_like(logits_TE)
+        if noise_TE is not None:
+            logits_TE = logits_TE + GATE_NOISE * noise_TE.to(logits_TE.dtype)
         share_TE = logits_TE.softmax(-1, dtype=torch.promote_types(logits_TE.dtype, torch.float32))
         weight_TK, expert_TK = share_TE.topk(self.top_k, -1)
         group_TK = expert_TK if self.group_E is None else self.group_E[expert_TK]

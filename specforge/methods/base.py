@@ -63,8 +63,24 @@ class Moment:
     total_steps: int
 
 
-class Method(Protocol):
-    """A trainable module. `build` starts a draft, `read` takes one from a checkpoint's folder."""
+class Trainable(Protocol):
+    """What the trainer asks of a module, whatever it learns."""
+
+    def plan(self, batch: Any, moment: Moment | None = None) -> Any:
+        """What the host can work out before the forward, a `Plan`. No moment: evaluation, in which nothing is drawn."""
+        ...
+
+    def __call__(self, batch: Any, plan: Any) -> Any:
+        """A structure with the `loss_sum` and the `tally` of a `StepOutput`."""
+        ...
+
+    def config_dict(self) -> dict[str, Any]:
+        """The configuration of what is trained, stored as `config.json` beside its weights."""
+        ...
+
+
+class Method(Trainable, Protocol):
+    """A way to train a draft. `build` starts one, `read` takes one from a checkpoint's folder."""
 
     draft_tokens: int
     """K: how many tokens the method drafts from one start."""
@@ -80,12 +96,6 @@ class Method(Protocol):
     @classmethod
     def count_parameters(cls, options: Any, tables: TargetTables, aux_layer_ids: tuple[int, ...]) -> int: ...
 
-    def plan(self, batch: DraftBatch, moment: Moment | None = None) -> Plan:
-        """What the host can work out before the forward. No moment: evaluation, in which nothing is drawn."""
-        ...
+    def plan(self, batch: DraftBatch, moment: Moment | None = None) -> Plan: ...
 
     def __call__(self, batch: DraftBatch, plan: Any) -> StepOutput: ...
-
-    def config_dict(self) -> dict[str, Any]:
-        """The draft's own configuration, stored as `config.json` beside its weights."""
-        ...

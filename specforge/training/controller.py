@@ -17,7 +17,7 @@ from specforge.errors import ConfigError, NonFiniteError, SpecForgeError
 from specforge.features.loader import Window
 from specforge.log.progress import progress
 from specforge.log.run_log import RunLog
-from specforge.methods.base import Method, Moment
+from specforge.methods.base import Moment, Trainable
 from specforge.training.backend import FSDPTrainingBackend
 from specforge.training.checkpoint import CheckpointManager
 from specforge.training.profile import StepProfile
@@ -85,7 +85,7 @@ class TrainerController:
         *,
         config: TrainConfig,
         total_steps: int,
-        method: Method,
+        method: Trainable,
         backend: FSDPTrainingBackend,
         data: Iterable[Window],
         checkpoints: CheckpointManager,

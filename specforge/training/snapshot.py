@@ -79,12 +79,32 @@ def read_tensors(folder: Path, tensors: dict[str, torch.Tensor], world: World) -
         ) from error
 
 
-def _check(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """Torch's reader would convert another data type, and leave rows as they are that no shard holds."""
+def read_whole(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a folder by name, whole and on the CPU, however many ranks wrote them.
+
+    Raises:
+        CheckpointError: a file is damaged, or a tensor is not complete.
+    """
+    tensors = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in _stored(folder).items()
+        if isinstance(entry, TensorStorageMetadata)
+    }
+    read_tensors(folder, tensors, World())
+    return tensors
+
+
+def _stored(folder: Path) -> dict[str, Any]:
+    """What torch's reader says of each tensor."""
     for path in sorted(folder.glob("*.safetensors")):
         files.open_tensors(path, CheckpointError)
     with files.foreign(folder, CheckpointError, "take another checkpoint"):
-        stored = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
+        return HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
+
+
+def _check(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Torch's reader would convert another data type, and leave rows as they are that no shard holds."""
+    stored = _stored(folder)
     for name, tensor in tensors.items():
         found = stored.get(name)
         if not isinstance(found, TensorStorageMetadata):

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch.distributed.tensor import DTensor
 
-from specforge.cli.compose import build_controller, horizon
+from specforge.cli.compose import build_controller
+from specforge.cli.continuing import horizon
 from specforge.config import RunConfig
 from specforge.distributed import World
 from specforge.errors import CheckpointError

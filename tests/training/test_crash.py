@@ -19,7 +19,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from specforge.cli.compose import starting_point
+from specforge.cli.continuing import starting_point
 from specforge.config import load_config
 from specforge.distributed import World
 from specforge.errors import CheckpointError
