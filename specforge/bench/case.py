@@ -36,11 +36,6 @@ class Configuration:
     levers: Mapping[str, str]
     problem: Mapping[str, Number]
 
-    @property
-    def hash(self) -> str:
-        """Of the levers alone: what makes results of different problems comparable."""
-        return hashlib.sha256(json.dumps(dict(self.levers), sort_keys=True).encode()).hexdigest()[:12]
-
     def __str__(self) -> str:
         return " ".join(f"{key}={value}" for key, value in {**self.problem, **self.levers}.items())
 
@@ -71,6 +66,10 @@ class Case(ABC):
     def tolerance(self, configuration: Configuration) -> float:
         """Largest difference to the reference's outputs, relative to the largest of them, that rounding explains."""
         return 1e-5
+
+    def digest(self, configuration: Configuration) -> str:
+        """16 hexadecimal digits of the levers alone, equal in every problem."""
+        return hashlib.sha256(json.dumps(dict(configuration.levers), sort_keys=True).encode()).hexdigest()[:16]
 
     def lacking(self, lever: str, choice: str, configuration: Configuration, device: torch.device) -> str | None:
         """What keeps the lever from being set so on this device, if anything does."""

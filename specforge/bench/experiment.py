@@ -72,7 +72,7 @@ def rows(case: Case, measured: Sequence[Measured], rounds: int, device: torch.de
     about = surroundings(device)
     return [
         Row(
-            case=case.name, levers=dict(each.configuration.levers), levers_hash=each.configuration.hash,
+            case=case.name, levers=dict(each.configuration.levers), levers_hash=case.digest(each.configuration),
             problem=dict(each.configuration.problem), command=command(case, each.configuration, rounds, spec), **about, rounds=rounds,
             difference=each.difference if math.isfinite(each.difference) else None, tolerance=case.tolerance(each.configuration),
             **_outcome(case, each, medians_s[str(case.at_reference(each.configuration))], spec), quality=dict(each.quality),

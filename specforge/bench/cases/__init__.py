@@ -9,6 +9,7 @@ CASES = {
     "packed-attention": ("specforge.bench.cases.attention:PackedAttentionCase", "causal attention within packed documents"),
     "moe": ("specforge.bench.cases.moe:MixtureCase", "a sparse mixture of experts"),
     "slots": ("specforge.bench.cases.slots:SlotsCase", "slots of hashed signs from one table"),
+    "ranking": ("specforge.bench.cases.ranking:RankingCase", "inference of a small ranking model, from rows on the disk to a list"),
     "draft-step": ("specforge.bench.cases.draft_step:DraftStepCase", "one training step of EAGLE-3 or DFlash"),
     "decode-round": ("specforge.bench.cases.decode_round:DecodeRoundCase", "rounds of decoding with the embedded target"),
     "suite": ("specforge.bench.cases.suite:SuiteCase", "a small suite of tasks, scored in several modes"),
