@@ -138,9 +138,9 @@ def _difference(found: torch.Tensor, expected: torch.Tensor) -> float:
     if not expected.numel():
         return 0.0
     found, expected = (x.detach().to("cpu", torch.float64) for x in (found, expected))
-    apart = torch.where(found == expected, 0.0, (found - expected).abs())
-    largest = float(apart.nan_to_num(nan=float("inf")).max()), float(expected.abs().nan_to_num(nan=0.0, posinf=0.0).max())
-    return largest[0] / max(largest[1], torch.finfo(torch.float32).tiny)
+    apart = torch.where(found == expected, 0.0, (found - expected).abs()).nan_to_num(nan=float("inf"), posinf=float("inf"))
+    largest = expected.abs().nan_to_num(nan=0.0, posinf=0.0).max().clamp_min(torch.finfo(torch.float32).tiny)
+    return float(apart.max() / largest)
 
 
 def _as(kind: type[Any], name: str, text: str) -> Number:

@@ -74,8 +74,9 @@ def rows(case: Case, measured: Sequence[Measured], rounds: int, device: torch.de
         Row(
             case=case.name, levers=dict(each.configuration.levers), levers_hash=case.digest(each.configuration),
             problem=dict(each.configuration.problem), command=command(case, each.configuration, rounds, spec), **about, rounds=rounds,
-            difference=each.difference if math.isfinite(each.difference) else None, tolerance=case.tolerance(each.configuration),
-            **_outcome(case, each, medians_s[str(case.at_reference(each.configuration))], spec), quality=dict(each.quality),
+            difference=_finite(each.difference), tolerance=case.tolerance(each.configuration),
+            **_outcome(case, each, medians_s[str(case.at_reference(each.configuration))], spec),
+            quality={name: _finite(value) for name, value in each.quality.items()},
             synchronisations=sum(each.profile.synchronisations.values()) if each.profile else None,
             score_name=spec.name if spec else None,
         )
@@ -114,6 +115,10 @@ def _outcome(case: Case, measured: Measured, reference_s: float, spec: ScoreSpec
         "score": spec.score(times.median_s, reference_s, measured.quality) if spec else None,
         "verdict": f"scores 0: {'; '.join(violated)}" if violated else verdict,
     }  # fmt: skip
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 def _machine(device: torch.device) -> str:

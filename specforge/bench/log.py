@@ -46,7 +46,8 @@ class Row:
     """Than the reference, by synchronised medians."""
     synchronisations: int | None
     """Of one call; None: not profiled."""
-    quality: dict[str, float]
+    quality: dict[str, float | None]
+    """None: not finite."""
     score: float | None
     score_name: str | None
     verdict: str

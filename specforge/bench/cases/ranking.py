@@ -39,8 +39,8 @@ TRAIN_USERS, LEARNING_RATE, TABLE_RATE = 48, 4e-3, 2e-2
 
 
 class RankingCase(Case):
-    """`batch_rows`: rows in one forward, exceeded only by a user with more. `mean_rows`: about so many has a user. `train_steps`: for so long
-    the model is trained before it is used; 0 leaves random weights."""
+    """`batch_rows`: rows in one forward, exceeded only by a user with more. `mean_rows`: about so many has a user. `train_steps`: so long
+    was the model trained; 0 leaves random weights."""
 
     def __init__(self) -> None:
         reference, default = Levers.reference(), Levers()

@@ -84,7 +84,7 @@ def _times(row: Row) -> str:
 
 
 def _good(row: Row) -> str:
-    words = [f"{name} {value:.4g}" for name, value in row.quality.items()]
+    words = [f"{name} {value:.4g}" for name, value in row.quality.items() if value is not None]
     return "".join(f", {word}" for word in [*words, *([f"score {row.score:.2f}"] if row.score is not None else [])])
 
 
