@@ -56,12 +56,14 @@ def test_a_fallback_is_printed_and_strict_refuses_it(capsys: pytest.CaptureFixtu
 
 
 def test_a_case_that_differs_fails(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    """Five tokens pick ten times, and each of eight experts has two places."""
-    sweep = ["--sweep", "moe=capacity", "--sweep", "tokens=5", "--rounds", "1", "--out", str(tmp_path)]
+    """Tokens of width 2 are much alike: their 80 picks are of few experts, of which each has 15 places."""
+    sweep = ["--sweep", "moe=capacity", "--sweep", "tokens=40", "--sweep", "width=2", "--rounds", "1", "--out", str(tmp_path)]
     lines, numbers = ran(capsys, "moe", *sweep, code=1)
     lost = numbers["configurations"][1]
     assert lost["verdict"] == "differs from the reference, not timed" and lost["quality"]["picks_without_place"] > 0
-    assert numbers["faults"] == ["specforge bench run moe --lever moe=capacity --lever dtype=float32 --sweep tokens=5 --rounds 1"]
+    assert numbers["faults"] == [
+        "specforge bench run moe --lever moe=capacity --lever dtype=float32 --sweep tokens=40 --sweep width=2 --rounds 1"
+    ]
     assert any("not timed" in line for line in lines)
     assert ExperimentLog(tmp_path).rows()[1].synchronised_ms is None, "what lost is logged too"
 
