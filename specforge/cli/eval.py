@@ -17,7 +17,9 @@ def run(words: Sequence[str]) -> int:
     parser.add_argument("config", help="the configuration of the run, for example RUN/config.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that win over the file")
     parser.add_argument("--checkpoint", required=True, help="RUN/best, RUN/latest or a step folder")
-    parser.add_argument("--calibrate", action="store_true", help="store what scales the draft's confidence, or shifts a ranking model's logits")
+    parser.add_argument(
+        "--calibrate", action="store_true", help="store beside the weights what scales a draft's confidence or shifts clicks"
+    )
     parser.add_argument("--live", type=int, default=0, metavar="N", help="decode the answers of N samples and compare with the walk")
     parser.add_argument(
         "--simulate", nargs="+", default=(), metavar="DEPTHxTOP_KxNODES", help="tokens per round of draft trees, without running the target"

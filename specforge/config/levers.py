@@ -14,7 +14,7 @@ from specforge.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class Levers:
-    """The defaults are the fastest that were measured and change no answer by more than rounding does, as the experiment log under `docs` says."""
+    """The defaults are the fastest that were measured, on a CPU, and change no answer by more than rounding does."""
 
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Data type of weights and computation in use; a training has `train.precision`."""

@@ -59,7 +59,7 @@ def fit_and_measure(store: UserStore, predictions: Predictions, world: World) ->
         sums = ClickSums(("all",), len(store))
         sums.add(predictions.logit_P[~fits_P] + added, measured_P, np.zeros(len(user_P), dtype=np.int64), user_P)
         found = sums.numbers(world)
-        numbers |= {f"eval/calibration/{version}/{name}": found[name] for name in ("auc", "pcoc", "ece", "ne", "scored_rows")}
+        numbers |= {f"eval/calibration/{version}/{name}": found[name] for name in ("gauc", "pcoc", "ece", "ne", "scored_rows")}
     return shift, numbers
 
 

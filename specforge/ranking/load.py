@@ -61,7 +61,7 @@ def load_ranking_model(
     _fill(model, folder)
     shift = read_shift(folder)
     with torch.no_grad():
-        model.head.bias += shift
+        model.head.bias.add_(shift)
     merged = _merge(model, levers.merge_threshold) if levers.expert_merge else {}
     dtype = getattr(torch, levers.dtype)
     PrecisionPolicy(dtype, levers.keep_fp32_modules).apply(model.to(device))
@@ -78,14 +78,14 @@ def apply_levers(model: CTRModel, levers: Levers, device: torch.device, dtype: t
     if moe == "grouped":
         refused = why_not_grouped(torch.empty(0, model.config.width, dtype=dtype, device=device), model.config.inner)
         moe = _instead("moe", moe, "auto", refused, strict) if refused else moe
-    for layer in model.layers:
+    for layer in model.stack:
         layer.feed_forward.moe.implementation = moe
     model.encoder.slots.implementation = "fused" if levers.fuse_embedding else "per_slot"
     compiles = levers.compile
     if compiles and (lacking := why_not_compiled(device)):
         compiles = _instead("compile", True, False, lacking, strict)
     if compiles:  # attention is left out: it is called with other lengths in each batch
-        for part in (model.encoder, *(layer.feed_forward for layer in model.layers)):
+        for part in (model.encoder, *(layer.feed_forward for layer in model.stack)):
             part.compile(dynamic=True)
 
 
@@ -108,7 +108,7 @@ def why_not_compiled(device: torch.device) -> str | None:
 
 def _merge(model: CTRModel, threshold: float) -> dict[str, MergeReport]:
     reports = {}
-    for number, layer in enumerate(model.layers):
+    for number, layer in enumerate(model.stack):
         layer.feed_forward.moe, reports[f"layers.{number}.feed_forward.moe"] = merge_experts(layer.feed_forward.moe, threshold)
     return reports
 

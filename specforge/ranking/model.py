@@ -1,15 +1,16 @@
 """The ranking model: rows of a user's history in, one logit a row out: will the user click?
 
-The shape is that of the ranking model of the CTI contest of 2026, itself a kin of GRAB (arXiv 2602.01865) and HSTU (arXiv 2402.17152): bags of
-signs become a row of a shared table each, side by side they are normalised and projected, and layers with causal attention within each user
-and a mixture of experts read them. There are no positions: the mask alone tells earlier rows from later ones.
+The shape is that of the ranking model of the CTI contest of 2026, itself a kin of GRAB (arXiv 2602.01865) and HSTU (arXiv 2402.17152):
+each bag of signs becomes the sum of their rows in one table, the bags of a row are normalised and projected side by side, and layers with
+causal attention within each user and a mixture of experts read that. There are no positions: the mask alone tells earlier rows from later
+ones.
 
 Only scored rows reach the head, and in the last layer they alone are computed after attention, since no other row is heard of again.
 
 Shapes: N rows of all users, P scored rows, S slots, d width of a slot, D width of the model, h heads, E experts.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import nn
@@ -24,6 +25,9 @@ from specforge.ranking.batch import RankingBatch
 from specforge.ranking.shape import CTRConfig
 
 LARGEST_LOGIT = 15.0
+TABLE_SCALE = 0.16
+"""Of what the table of signs begins with. Behind the norm its scale says nothing but how much a step moves it: at 1 the AUC on the made-up
+world was 0.002 lower after 200 steps."""
 
 
 class Scores(NamedTuple):
@@ -41,6 +45,8 @@ class RepEncoder(nn.Module):
     def __init__(self, config: CTRConfig) -> None:
         super().__init__()
         self.slots = SlotEmbedding(config.slots)
+        with torch.no_grad():
+            self.slots.table.mul_(TABLE_SCALE)
         self.norm = nn.LayerNorm(config.slots.slots * config.slots.width)
         self.project = nn.Linear(config.slots.slots * config.slots.width, config.width)
 
@@ -102,6 +108,11 @@ class CTRModel(nn.Module):
         self.layers = nn.ModuleList([Layer(config) for _ in range(config.layers)])
         self.head = nn.Linear(config.width, 1)
 
+    @property
+    def stack(self) -> list[Layer]:
+        """The layers, typed."""
+        return [cast(Layer, layer) for layer in self.layers]
+
     def forward(self, batch: RankingBatch, noise_LNE: torch.Tensor | None = None) -> Scores:
         """
         Args:
@@ -111,7 +122,7 @@ class CTRModel(nn.Module):
         chosen = resolve(self.attn, x_ND.device, x_ND.dtype, torch.is_grad_enabled())
         attention = prepare(chosen.name, PackedLayout(batch.documents, x_ND.device))
         mixtures = []
-        for number, layer in enumerate(self.layers, start=1):
+        for number, layer in enumerate(self.stack, start=1):
             noise_NE = None if noise_LNE is None else noise_LNE[number - 1]
             x_ND, mixture = layer(x_ND, attention, noise_NE, batch.scored_rows if number == len(self.layers) else None)
             mixtures.append(mixture)

@@ -34,7 +34,7 @@ class UserStore:
     def __init__(self, folder: Path) -> None:
         files.verify(folder, DataError, sizes_only=True)
         index = files.read_object(folder / _INDEX, DataError, format=int, slots=int, counts=dict)
-        self._path = folder / _TENSORS
+        self.folder, self._path = folder, folder / _TENSORS
         self._stored = files.open_tensors(self._path, DataError)
         self._check(index["format"], index["slots"])
         files.check_fields(index["counts"], str(folder / _INDEX), DataError, **files.kinds_of(RowCounts))

@@ -168,14 +168,14 @@ def write_world(folder: Path, users: int, seed: int, world: ClickWorld | None = 
     return truth
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Write a made-up world of clicks whose best possible AUC is known.")
     parser.add_argument("--out", type=Path, required=True, help="folder for train.csv, eval.csv, truth.csv, truth.json")
     parser.add_argument("--users", type=int, default=2000, help="users to train on")
     parser.add_argument("--eval-users", type=int, default=0, help="users to evaluate on; 0: as many")
     parser.add_argument("--categories", type=int, default=1, help="1: easy; 4: history must be searched for like content")
     parser.add_argument("--seed", type=int, default=0)
-    chosen = parser.parse_args()
+    chosen = parser.parse_args(arguments)
     world = ClickWorld(categories=chosen.categories)
     print(files.json_line(write_world(chosen.out, chosen.users, chosen.seed, world, chosen.eval_users)))
 

@@ -28,7 +28,7 @@ def make_model(seed: int = 0, gain: float = 2.0, **other: int) -> CTRModel:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() > 1 and "table" not in name:
-                parameter *= gain
+                parameter.mul_(gain)
     return model
 
 
