@@ -61,9 +61,8 @@ def test_a_case_that_differs_fails(capsys: pytest.CaptureFixture[str], tmp_path:
     lines, numbers = ran(capsys, "moe", *sweep, code=1)
     lost = numbers["configurations"][1]
     assert lost["verdict"] == "differs from the reference, not timed" and lost["quality"]["picks_without_place"] > 0
-    assert numbers["faults"] == [
-        "specforge bench run moe --lever moe=capacity --lever dtype=float32 --sweep tokens=40 --sweep width=2 --rounds 1"
-    ]
+    [again] = numbers["faults"]
+    assert again.startswith("specforge bench run moe --lever moe=capacity --lever dtype=float32 --sweep tokens=40 --sweep width=2 ")
     assert any("not timed" in line for line in lines)
     assert ExperimentLog(tmp_path).rows()[1].synchronised_ms is None, "what lost is logged too"
 
