@@ -24,7 +24,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeRotaryEmbed
 
 from specforge.cli.__main__ import main
 from specforge.cli.inputs import captured_layers
-from specforge.config import dump_config, load_config
+from specforge.config import dump_config, load_config, load_task
 from specforge.config.methods import METHODS, registered
 from specforge.data.vocabulary import DraftVocabulary
 from specforge.demo import target_report
@@ -45,10 +45,10 @@ EMBEDDED_TARGET = Path(target_report.__file__).parent / "target"
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_a_recipe_loads_and_survives_its_dump(path: Path, tmp_path: Path) -> None:
-    config = load_config(path)
+    config = load_task(path)
     again = tmp_path / "again.yaml"
     again.write_text(dump_config(config))
-    assert load_config(again) == config
+    assert load_task(again) == config
 
 
 def test_words_win_over_the_file() -> None:

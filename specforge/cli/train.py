@@ -10,7 +10,7 @@ from specforge.errors import ConfigError
 def run(words: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="specforge train",
-        description="Train a draft, or what `task:` says. On several processes: torchrun --nproc-per-node=N -m specforge train CONFIG.yaml ...",
+        description="Train a draft, or what `task:` says; several processes: torchrun --nproc-per-node=N -m specforge train C.yaml ...",
     )
     parser.add_argument("config", help="YAML file with the settings that differ from the defaults")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that win over the file, for example train.steps=100")
