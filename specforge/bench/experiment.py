@@ -131,7 +131,7 @@ def _machine(device: torch.device) -> str:
 
 
 def _commit() -> str | None:
-    folder = Path(__file__).parent
+    folder = Path(__file__).parents[1]
 
     def git(*words: str) -> str | None:
         try:
@@ -141,4 +141,4 @@ def _commit() -> str | None:
         return done.stdout.strip() if done.returncode == 0 else None
 
     head = git("rev-parse", "--short=12", "HEAD")
-    return head and head + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+    return head and head + ("+" if git("status", "--porcelain", "--", ".") else "")

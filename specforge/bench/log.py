@@ -24,7 +24,7 @@ class Row:
     problem: dict[str, Any]
     command: str
     commit: str | None
-    """With a `+` where files differed from it; None: not in a repository."""
+    """With a `+` where files of the package differed from it; None: not in a repository."""
     date: str
     """UTC; one for all rows of a command."""
     host: str
