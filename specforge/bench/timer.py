@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-TURN_S = 5e-3
+TURN_S = 2e-2
 """A shorter call is repeated: alone it would measure the clock, and caches that its neighbours left."""
 
 

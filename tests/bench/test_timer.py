@@ -26,7 +26,7 @@ def test_calls_take_turns_and_each_begins_a_round(monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_short_call_is_repeated_and_a_long_one_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A clock that only the calls move: 1 ms fills a turn of 5 ms five times; times are those of one call."""
+    """A clock that only the calls move: 1 ms fills a turn of 20 ms twenty times; times are those of one call."""
     now_s, counts = [0.0], [0, 0]
     monkeypatch.setattr(time, "process_time", lambda: now_s[0])
 
@@ -37,9 +37,9 @@ def test_a_short_call_is_repeated_and_a_long_one_is_not(monkeypatch: pytest.Monk
 
         return call
 
-    short, long = interleaved([work(0, 0.001), work(1, 0.02)], 3, CPU)
-    assert counts == [1 + 3 * 5, 1 + 3]
-    assert short.synchronised_s == pytest.approx([0.001] * 3) and long.synchronised_s == pytest.approx([0.02] * 3)
+    short, long = interleaved([work(0, 0.001), work(1, 0.03)], 3, CPU)
+    assert counts == [1 + 3 * 20, 1 + 3]
+    assert short.synchronised_s == pytest.approx([0.001] * 3) and long.synchronised_s == pytest.approx([0.03] * 3)
     assert short.dispatch_s == short.synchronised_s, "a CPU has one clock"
 
 
