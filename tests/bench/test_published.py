@@ -53,14 +53,12 @@ def compared(lever: str) -> list[tuple[Row, Row]]:
 
 @pytest.mark.parametrize("lever", ["attn", "moe", "fuse_embedding", "filter_test_users"])
 def test_no_other_choice_is_faster_than_the_default(lever: str) -> None:
-    """By more than the middle half of the rounds of both spreads. Levers that change an answer are not chosen by their speed."""
+    """By more than a tenth, in their best rounds. Levers that change an answer are not chosen by their speed."""
     pairs = compared(lever)
     assert pairs, "an experiment with the default and another choice is in the log"
     for ours, theirs in pairs:
-        assert ours.synchronised_ms is not None and theirs.synchronised_ms is not None
-        assert ours.spread is not None and theirs.spread is not None
-        noise_ms = ours.synchronised_ms * ours.spread + theirs.synchronised_ms * theirs.spread
-        assert ours.synchronised_ms <= theirs.synchronised_ms + noise_ms, theirs.command
+        assert ours.minimum_ms is not None and theirs.minimum_ms is not None
+        assert ours.minimum_ms <= 1.1 * theirs.minimum_ms, theirs.command
 
 
 def test_the_case_has_the_defaults_and_the_reference_of_the_levers() -> None:
