@@ -68,16 +68,16 @@ class RankingConfig:
     model: RankingModelConfig = field(default_factory=RankingModelConfig)
     data: RankingDataConfig = field(default_factory=RankingDataConfig)
     levers: Levers = field(default_factory=Levers)
-    """Of training and evaluation; merging and small data types are for a model that is trained."""
+    """Of training and evaluation; merging, compiling and small data types are for a model that is trained."""
     train: TrainConfig = field(default_factory=TrainConfig)
     checkpoint: CheckpointConfig = field(default_factory=lambda: CheckpointConfig(best_metric="eval/auc"))
     log: LogConfig = field(default_factory=LogConfig)
 
     def __post_init__(self) -> None:
         require_run_id(self.run_id)
-        for key, neutral in (("dtype", "float32"), ("keep_fp32_modules", ()), ("expert_merge", False)):
+        for key, neutral in (("dtype", "float32"), ("keep_fp32_modules", ()), ("expert_merge", False), ("compile", False)):
             require(
                 getattr(self.levers, key) == neutral,
                 f"levers.{key}", getattr(self.levers, key), "is for a model that is trained already",
-                "leave it out here, where train.precision decides, and give it to what loads the model",
+                "leave it out here, and give it to `load_ranking_model`; data types of a training are in train.precision",
             )  # fmt: skip

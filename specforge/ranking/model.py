@@ -51,7 +51,8 @@ class RepEncoder(nn.Module):
         self.project = nn.Linear(config.slots.slots * config.slots.width, config.width)
 
     def forward(self, bags: SlotBags) -> torch.Tensor:
-        return self.project(self.norm(self.slots(bags)))
+        x_ND: torch.Tensor = self.project(self.norm(self.slots(bags)))
+        return x_ND
 
 
 class FeedForward(nn.Module):
@@ -63,7 +64,8 @@ class FeedForward(nn.Module):
         self.moe = SparseMoE(config.width, config.inner, config.experts, config.top_k)
 
     def forward(self, x_ND: torch.Tensor, noise_NE: torch.Tensor | None) -> Mixture:
-        return self.moe(self.norm(x_ND), noise_NE)
+        mixture: Mixture = self.moe(self.norm(x_ND), noise_NE)
+        return mixture
 
 
 class Layer(nn.Module):

@@ -1,6 +1,6 @@
 """Rows in the order of a file, put in the order of users and time without holding their signs in memory.
 
-While rows come in, their signs go to the disk; what stays in memory is 21 bytes a row, from which the order follows.
+While rows come in, their signs go to the disk; what stays in memory is 18 bytes a row, from which the order follows.
 """
 
 import contextlib

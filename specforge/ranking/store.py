@@ -102,7 +102,7 @@ class UserCache:
         self._fingerprints = files.Fingerprints(root / ".fingerprints.json")
 
     def get(self, source: Path, *, slots: int, filter_users: bool, max_rows: int = 0) -> UserStore:
-        """Of many processes that ask at once, one reads the file and the others wait for it.
+        """Of many processes that ask at once, one reads the file and the others wait for it. What was left out is logged each time.
 
         Args:
             slots: S; signs of slots beyond are left out and counted.
@@ -123,19 +123,19 @@ class UserCache:
         }
         entry = self.root / hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
         try:
-            return self._read(entry)  # an entry is complete or absent, so who only reads needs neither lock nor rights
+            store = self._read(entry)  # an entry is complete or absent, so who only reads needs neither lock nor rights
         except DataError:
             with files.writable(self.root, DataError), files.Lock(self.root / f".{entry.name}.lock"):
                 found = self._read_or_discard(entry) if entry.exists() else None
-                return found or self._make(entry, source, slots, filter_users, max_rows)
+                store = found or self._make(entry, source, slots, filter_users, max_rows)
+        _log.log(logging.WARNING if store.counts.has_lost else logging.INFO, "%s: %s", source, store.counts.sentence())
+        return store
 
     def _make(self, entry: Path, source: Path, slots: int, filter_users: bool, max_rows: int) -> UserStore:
         files.sweep(entry)
         with files.staging(entry) as folder:
             write_store(source, folder, slots=slots, filter_users=filter_users, max_rows=max_rows)
-        store = UserStore(entry)
-        _log.info("%s: %s", source, store.counts.sentence())
-        return store
+        return UserStore(entry)
 
     def _read(self, entry: Path) -> UserStore:
         files.verify(entry, DataError, fingerprints=self._fingerprints)

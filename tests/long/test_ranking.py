@@ -6,6 +6,7 @@ wrong row for a sign undoes it.
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,10 +14,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+from specforge.config import Levers
 from specforge.log.run_log import read_metrics
 from specforge.ranking.batch import UserRows
+from specforge.ranking.load import load_ranking_model
 from specforge.ranking.world import ClickWorld, Sample
+from tests.ranking.small import make_batch, make_model
+from tests.ranking.test_load import stored
 
 pytestmark = pytest.mark.long
 CONFIG = Path(__file__).parents[2] / "configs" / "ranking" / "synthetic.yaml"
@@ -35,7 +41,7 @@ def rows_alone(sample: Sample) -> Sample:
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    """Rows of 9,600 users, as many as 200 steps of 48 see, and of 3,000 others, whose last eight rows are scored; and the truth of these."""
+    """Rows of 9,600 users, as many as 200 steps of 48 see, and of 3,000 others, whose last eight rows are scored; and these' truth."""
     folder, of_clicks = tmp_path_factory.mktemp("world"), ClickWorld()
     train, heldout = of_clicks.draw(9600, 0), of_clicks.draw(3000, 1, scored_share=1.0, scored_rows=8)
     for name, sample in (("train", train), ("eval", heldout)):
@@ -77,3 +83,14 @@ def test_a_run_reaches_the_oracle_and_needs_history_and_the_right_rows(world: tu
     assert 0.95 <= numbers["eval/calibration/shifted/pcoc"] <= 1.05, numbers
     assert numbers["eval/calibration/shifted/gauc"] == numbers["eval/calibration/raw/gauc"]
     print(json.dumps({"oracle": truth["oracle_auc"], "auc": auc, "alone": floor, "clamp": clamped, **numbers}))
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
+def test_a_compiled_model_predicts_the_same(tmp_path: Path) -> None:
+    """Batches of other shapes, without a scored row and of a single row among them."""
+    model = make_model()
+    compiled = load_ranking_model(stored(tmp_path / "m", model), Levers(compile=True), strict=True).model
+    for lengths in ((7, 0, 1, 40, 19), (3,), (300, 1, 0, 150), (1,)):
+        batch = make_batch(lengths)
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(batch).logit_P, model(batch).logit_P, rtol=0, atol=1e-5)

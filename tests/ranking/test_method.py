@@ -56,14 +56,16 @@ def test_micro_batches_add_up(balance_weight: float) -> None:
 
 
 def test_gate_noise_follows_the_user_and_the_step() -> None:
-    method, lengths = make_method(), (5, 0, 8)
+    method, lengths = make_method(), (5, 0, 8, 5)
     users = [make_user(length, number) for number, length in enumerate(lengths)]
-    here = method.plan(RankingBatch.pack((4, 7, 9), users), MOMENT).noise_LNE
-    swapped = method.plan(RankingBatch.pack((9, 7, 4), users[::-1]), MOMENT).noise_LNE
-    assert here.shape == (2, 13, 4)
-    assert torch.equal(torch.cat(here.split(lengths, 1)[::-1], 1), swapped)
-    assert not torch.equal(here, method.plan(RankingBatch.pack((4, 7, 9), users), Moment(0, 4, 9)).noise_LNE)
-    assert method.plan(RankingBatch.pack((4, 7, 9), users)).noise_LNE is None
+    here = method.plan(RankingBatch.pack((4, 7, 9, 2), users), MOMENT).noise_LNE
+    swapped = method.plan(RankingBatch.pack((2, 9, 7, 4), users[::-1]), MOMENT).noise_LNE
+    assert here.shape == (2, 18, 4)
+    each_user = here.split(lengths, 1)
+    assert torch.equal(torch.cat(each_user[::-1], 1), swapped)
+    assert not torch.equal(each_user[0], each_user[3])
+    assert not torch.equal(here, method.plan(RankingBatch.pack((4, 7, 9, 2), users), Moment(0, 4, 9)).noise_LNE)
+    assert method.plan(RankingBatch.pack((4, 7, 9, 2), users)).noise_LNE is None
     assert method.plan(RankingBatch.empty(RowMeta(SLOTS)), MOMENT).noise_LNE.shape == (2, 1, 4)
 
 

@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 import torch
 
+from specforge.distributed import World
 from specforge.errors import DataError
 from specforge.ranking.batch import RankingBatch, RowMeta, UserRows
 from specforge.ranking.store import UserCache
 from tests.ranking.files_of_rows import bags, random_lines, store, write
+from tests.ranks import run_ranks
 
 
 def test_rows_of_a_user_come_in_the_order_of_time_and_their_signs_by_slot(tmp_path: Path) -> None:
@@ -123,6 +125,21 @@ def test_a_row_that_breaks_the_form_is_named_by_file_and_line(tmp_path: Path, li
     assert [found.name for found in (tmp_path / "cache").iterdir() if found.is_dir()] == []
 
 
+@pytest.mark.parametrize("line", ["bob,1,0,0", "bob,1,0,0,1:5,2:6", "bob,1,0,no,1:5"])
+def test_the_columns_of_users_that_are_left_out_are_looked_at_too(tmp_path: Path, line: str) -> None:
+    with pytest.raises(DataError, match=r"rows\.csv:2: "):
+        store(tmp_path, [GOOD, line])
+
+
+def test_a_loss_is_said_each_time_and_the_filter_is_none(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for _ in range(2):
+        store(tmp_path, [GOOD, "ann,2,1,0,9:5"])
+    assert [record.levelname for record in caplog.records] == ["WARNING", "WARNING"]
+    assert caplog.messages[0].endswith("2 rows of 1 users; left out: 1 signs of slots that the model does not have.")
+    store(tmp_path, [GOOD, "bob,2,1,0,1:5"])
+    assert len(caplog.records) == 2
+
+
 def test_a_user_id_must_be_text(tmp_path: Path) -> None:
     path = tmp_path / "rows.csv"
     path.write_bytes(b"ann,1,1,1,1:5\n\xff,1,1,1,1:5\n")
@@ -153,14 +170,26 @@ def test_a_store_is_made_once_for_a_file_and_its_settings(tmp_path: Path) -> Non
     assert len(entries()) == 5
 
 
+def test_ranks_that_ask_at_once_get_one_store(tmp_path: Path) -> None:
+    path = write(tmp_path, *random_lines(100, seed=3))
+
+    def asked(world: World) -> tuple[str, int]:
+        users = UserCache(tmp_path / "cache").get(path, slots=3, filter_users=True)
+        return users.folder.name, len(users)
+
+    first, second = run_ranks(asked)
+    assert first == second
+    assert [found.name for found in (tmp_path / "cache").iterdir() if found.is_dir()] == [first[0]]
+
+
 def test_a_damaged_store_is_made_again(tmp_path: Path) -> None:
     lines = ["ann,1,1,1,1:5"]
     store(tmp_path, lines)
     (tensors,) = (tmp_path / "cache").glob("*/rows.safetensors")
     data = bytearray(tensors.read_bytes())
-    data[-4] ^= 1
+    data[-len("ann") - 1] ^= 1  # whether the row is scored
     tensors.write_bytes(data)
-    assert store(tmp_path, lines).ids == ["ann"]
+    assert store(tmp_path, lines).scored.tolist() == [1]
 
 
 def test_a_batch_packs_users_end_to_end(tmp_path: Path) -> None:
