@@ -2,6 +2,7 @@
 
 import resource
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,12 +39,12 @@ BLOCK_SHAPES = {
 }  # fmt: skip
 
 
-def make_dflash(shape: BlockShape) -> tuple[DFlash, DraftBatch]:
-    """Cross-entropy, every position alike; the weights are those of `torch.manual_seed(0)`."""
+def make_dflash(shape: BlockShape, **options: Any) -> tuple[DFlash, DraftBatch]:
+    """Cross-entropy, every position alike, and these of its options; the weights are those of `torch.manual_seed(0)`."""
     torch.manual_seed(0)
-    options = DFlashOptions(block_size=shape.block_size, anchors=shape.anchors, layers=shape.layers, position_decay=0.0)
-    tables, captured = random_tables(shape, TARGET_LAYERS), options.captured_layers(TARGET_LAYERS)
-    method = DFlash(options, DFlashDraft(derive_config(options, tables, captured, shape.vocab - 1)), tables)
+    chosen = DFlashOptions(block_size=shape.block_size, anchors=shape.anchors, layers=shape.layers, position_decay=0.0, **options)
+    tables, captured = random_tables(shape, TARGET_LAYERS), chosen.captured_layers(TARGET_LAYERS)
+    method = DFlash(chosen, DFlashDraft(derive_config(chosen, tables, captured, shape.vocab - 1)), tables)
     return method, random_batch(shape, torch.arange(shape.vocab), len(captured))
 
 

@@ -1,6 +1,7 @@
 """A method and a batch of random features in memory: the real objects of a training step, without a target on disk."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -81,18 +82,13 @@ def random_batch(sizes: Sizes, likeliest_D: torch.Tensor, num_captured: int) -> 
     return DraftBatch.pack(range(sizes.documents), samples)
 
 
-def make_method(shape: Shape, *, activation_checkpointing: bool = False) -> Eagle3:
-    """EAGLE-3 with decay 1; the weights are those of `torch.manual_seed(0)`."""
+def make_method(shape: Shape, **options: Any) -> Eagle3:
+    """EAGLE-3 with decay 1, and these of its options; the weights are those of `torch.manual_seed(0)`."""
     torch.manual_seed(0)
     tables = random_tables(shape, len(AUX_LAYERS) + 1)
-    options = Eagle3Options(
-        draft_tokens=shape.draft_tokens,
-        step_decay=1.0,
-        draft_vocab_size=shape.draft_vocab,
-        activation_checkpointing=activation_checkpointing,
-    )
+    chosen = Eagle3Options(draft_tokens=shape.draft_tokens, step_decay=1.0, draft_vocab_size=shape.draft_vocab, **options)
     vocabulary = DraftVocabulary(np.linspace(0, shape.vocab - 1, shape.draft_vocab).astype(np.int64), shape.vocab)
-    return Eagle3(options, Eagle3Draft(derive_config(options, tables, AUX_LAYERS, shape.draft_vocab), vocabulary), tables)
+    return Eagle3(chosen, Eagle3Draft(derive_config(chosen, tables, AUX_LAYERS, shape.draft_vocab), vocabulary), tables)
 
 
 def make_batch(shape: Shape, method: Eagle3) -> DraftBatch:

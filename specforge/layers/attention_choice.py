@@ -27,7 +27,7 @@ def resolve(asked: str, device: torch.device, dtype: torch.dtype, gradient: bool
         return _best(device, dtype, gradient)
     if asked not in IMPLEMENTATIONS:
         raise ConfigError(f"attn={asked!r}: must be one of auto, {', '.join(IMPLEMENTATIONS)}.")
-    lacking = _lacking(asked, device, dtype)
+    lacking = lacking_on(asked, device, dtype)
     if not lacking:
         return Choice(asked, f"attn={asked} was asked for and is available.")
     best = _best(device, dtype, gradient)
@@ -44,14 +44,14 @@ def _best(device: torch.device, dtype: torch.dtype, gradient: bool) -> Choice:
     """On one CPU thread, documents of 10 to 160 tokens on average took buckets 0.6 to 1.7 times the loop's time without gradients and
     0.4 to 1.2 times with them, falling where documents are short.
     """
-    if not _lacking("varlen", device, dtype):
+    if not lacking_on("varlen", device, dtype):
         return Choice("varlen", "attn=varlen: one kernel for all documents, without padding or mask.")
     if device.type == "cpu" and not gradient:
         return Choice("loop", "attn=loop: on a CPU without gradients a call for each document mostly costs less than padding.")
     return Choice("bucket", "attn=bucket: documents of similar length share a call, padded to at most twice the area.")
 
 
-def _lacking(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
+def lacking_on(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """What keeps the implementation from running, if anything does."""
     if name in ("flex", "varlen") and device.type != "cuda":
         return f"its kernel needs a CUDA device, and this is {device.type}"

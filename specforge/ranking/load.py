@@ -82,7 +82,7 @@ def apply_levers(model: CTRModel, levers: Levers, device: torch.device, dtype: t
         layer.feed_forward.moe.implementation = moe
     model.encoder.slots.implementation = "fused" if levers.fuse_embedding else "per_slot"
     compiles = levers.compile
-    if compiles and (lacking := _why_not_compiled(device)):
+    if compiles and (lacking := why_not_compiled(device)):
         compiles = _instead("compile", True, False, lacking, strict)
     if compiles:  # attention is left out: it is called with other lengths in each batch
         for part in (model.encoder, *(layer.feed_forward for layer in model.stack)):
@@ -99,7 +99,7 @@ def _instead(lever: str, asked: Any, instead: Any, lacking: str, strict: bool) -
     return instead
 
 
-def _why_not_compiled(device: torch.device) -> str | None:
+def why_not_compiled(device: torch.device) -> str | None:
     if device.type == "cuda":
         return None if importlib.util.find_spec("triton") else "torch.compile needs triton on CUDA, which is not installed"
     compiler = os.environ.get("CXX", "g++")
