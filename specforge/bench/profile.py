@@ -76,7 +76,7 @@ class _Operators(TorchDispatchMode):
 
 
 class _Methods(TorchFunctionMode):
-    """`tolist` reads memory without an operator."""
+    """`tolist` reads memory without an operator, and no copy to the host shows where the host is the device."""
 
     def __init__(self, found: Counter[str]) -> None:
         super().__init__()
@@ -85,9 +85,11 @@ class _Methods(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        if func is torch.Tensor.tolist:
-            self._found["tolist"] += 1
-        return func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        by_name = func is torch.Tensor.to and any(isinstance(x, str) and x == "cpu" for x in (*args, *kwargs.values()))
+        if func in (torch.Tensor.tolist, torch.Tensor.cpu) or by_name:
+            self._found[func.__name__] += 1
+        return func(*args, **kwargs)
 
 
 def _asks_for_size(name: str, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
