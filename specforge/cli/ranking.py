@@ -32,15 +32,18 @@ def contract(config: RankingConfig) -> dict[str, Any]:
     return {**{key: whole[key] for key in ("task", "seed", "model", "train")}, "data": data, "signid_mode": whole["levers"]["signid_mode"]}
 
 
-def read_users(config: RankingConfig, split: str) -> UserStore:
-    """The rows of `train` or `eval`, packed once and then found again.
+def read_users(config: RankingConfig, split: str, world: World) -> UserStore:
+    """The rows of `train` or `eval`, packed once and then found again; what was left out of them is said.
 
     Raises:
         DataError: with file and line, of a row that breaks the form of `ranking.rows`.
     """
     cache = UserCache(Path(config.data.cache_dir or Path(config.output_dir) / "rows"))
     path = Path(config.data.train_path if split == "train" else config.data.eval_path)
-    return cache.get(path, slots=config.model.slots, filter_users=config.levers.filter_test_users, max_rows=config.data.max_rows)
+    store = cache.get(path, slots=config.model.slots, filter_users=config.levers.filter_test_users, max_rows=config.data.max_rows)
+    if world.is_main:
+        print(f"{path}: {store.counts.sentence()}")
+    return store
 
 
 def scorer(method: RankingMethod, backend: FSDPTrainingBackend) -> Callable[[RankingBatch], torch.Tensor]:
@@ -61,7 +64,7 @@ def build_ranking_controller(config: RankingConfig, world: World) -> TrainerCont
         checkpoints.claim()
         undo.callback(checkpoints.release)
         world.on_main(lambda: write_config(folder, config))
-        users, heldout = read_users(config, "train"), read_users(config, "eval")
+        users, heldout = (read_users(config, split, world) for split in ("train", "eval"))
 
         randomness.seed_all(config.seed, world.rank)
         if start is None:
@@ -101,7 +104,7 @@ def evaluate_ranking_checkpoint(config: RankingConfig, path: Path, world: World,
     method = RankingMethod.read(config, folder, world.device)
     backend = FSDPTrainingBackend(method, config.train, world)
     CheckpointManager(Path(config.output_dir), world, config.checkpoint.keep).load_draft(checkpoint, backend)
-    evaluator = RankingEvaluator(read_users(config, "eval"), world, micro_batch_tokens=config.train.micro_batch_tokens)
+    evaluator = RankingEvaluator(read_users(config, "eval", world), world, micro_batch_tokens=config.train.micro_batch_tokens)
     with backend.whole():
         predictions = evaluator.predict(scorer(method, backend))
     shift, measured = fit_and_measure(evaluator.store, predictions, world)

@@ -67,11 +67,6 @@ class RowCounts:
     signs_of_other_slots: int = 0
     """In slots beyond S, of the rows that were parsed."""
 
-    @property
-    def has_lost(self) -> bool:
-        """Whether something is left out that a prediction could have used."""
-        return self.rows_truncated + self.signs_of_other_slots > 0
-
     def sentence(self) -> str:
         left_out = {
             f"{self.rows_of_users_left_out} rows of {self.users_left_out} users without a scored row": self.rows_of_users_left_out,

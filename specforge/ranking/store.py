@@ -102,7 +102,7 @@ class UserCache:
         self._fingerprints = files.Fingerprints(root / ".fingerprints.json")
 
     def get(self, source: Path, *, slots: int, filter_users: bool, max_rows: int = 0) -> UserStore:
-        """Of many processes that ask at once, one reads the file and the others wait for it. What was left out is logged each time.
+        """Of many processes that ask at once, one reads the file and the others wait for it. What was left out stands in `counts`.
 
         Args:
             slots: S; signs of slots beyond are left out and counted.
@@ -128,7 +128,6 @@ class UserCache:
             with files.writable(self.root, DataError), files.Lock(self.root / f".{entry.name}.lock"):
                 found = self._read_or_discard(entry) if entry.exists() else None
                 store = found or self._make(entry, source, slots, filter_users, max_rows)
-        _log.log(logging.WARNING if store.counts.has_lost else logging.INFO, "%s: %s", source, store.counts.sentence())
         return store
 
     def _make(self, entry: Path, source: Path, slots: int, filter_users: bool, max_rows: int) -> UserStore:

@@ -131,15 +131,6 @@ def test_the_columns_of_users_that_are_left_out_are_looked_at_too(tmp_path: Path
         store(tmp_path, [GOOD, line])
 
 
-def test_a_loss_is_said_each_time_and_the_filter_is_none(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    for _ in range(2):
-        store(tmp_path, [GOOD, "ann,2,1,0,9:5"])
-    assert [record.levelname for record in caplog.records] == ["WARNING", "WARNING"]
-    assert caplog.messages[0].endswith("2 rows of 1 users; left out: 1 signs of slots that the model does not have.")
-    store(tmp_path, [GOOD, "bob,2,1,0,1:5"])
-    assert len(caplog.records) == 2
-
-
 def test_a_user_id_must_be_text(tmp_path: Path) -> None:
     path = tmp_path / "rows.csv"
     path.write_bytes(b"ann,1,1,1,1:5\n\xff,1,1,1,1:5\n")

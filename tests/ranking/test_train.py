@@ -1,6 +1,7 @@
 """A ranking run as the command line makes it: the same at one rank and two, resumed as if never stopped, its best remembered."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -111,7 +112,9 @@ def test_command_line_trains_evaluates_and_calibrates(size: int, rows: Path, tmp
     run_ranks(train, config_of(rows, tmp_path), world=size)
     words = [str(rows / "c.yaml"), *words_of(rows, tmp_path), "--checkpoint", str(tmp_path / "latest")]
     assert main(["eval", *words, "--calibrate"]) == 0
-    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    printed = capsys.readouterr().out.splitlines()
+    assert any(re.fullmatch(r".*eval\.csv: \d+ rows of \d+ users; left out: .+\.", line) for line in printed)
+    found = json.loads(printed[-1])
     assert found["eval/auc"] == numbers(tmp_path, "eval/auc")[-1]
     assert found["eval/calibration/shifted/gauc"] == found["eval/calibration/raw/gauc"], "the order of a user's rows stays"
 
