@@ -13,18 +13,38 @@ from specforge.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
-class Eagle3Options:
+class DraftOptions:
+    """Of every method's layers."""
+
+    layers: int = 1
+    intermediate_size: int = 0
+    """Width of a layer's feed-forward, or of each of its experts; 0: the target's."""
+    experts: int = 0
+    """Experts of each layer's feed-forward, of two matrices and a ReLU; 0: one dense SwiGLU."""
+    experts_per_token: int = 2
+    """Experts that answer a row."""
+    balance_weight: float = 0.01
+    """What the experts' unevenness within a sample, std / mean of their importance, adds to the training loss of a target."""
+
+    def __post_init__(self) -> None:
+        for key, least in (("layers", 1), ("experts", 0), ("experts_per_token", 1), ("balance_weight", 0)):
+            _at_least(key, getattr(self, key), least)
+        if 0 < self.experts < self.experts_per_token:
+            raise ConfigError(
+                f"method.options.experts_per_token={self.experts_per_token}: must be at most experts={self.experts}; pick fewer."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Eagle3Options(DraftOptions):
     """EAGLE-3 (arXiv 2503.01840); `fc_norm` and `norm_output` together are EAGLE-3.1."""
 
     draft_tokens: int = 7
     """T, steps of training-time test: the longest chain that is trained."""
     step_decay: float = 0.8
     """gamma: step j weighs gamma**j in the loss."""
-    layers: int = 1
     draft_vocab_size: int = 32000
     """Target ids that the draft can propose, the most frequent supervised ones; 0: the whole vocabulary."""
-    intermediate_size: int = 0
-    """Width of the draft's feed-forward; 0: the target's."""
     head: Literal["trained", "frozen"] = "trained"
     """trained: starts as the target's rows and is learned; frozen: stays the target's rows."""
     fc_norm: bool = False
@@ -46,7 +66,8 @@ class Eagle3Options:
     """Compute attention and feed-forward of each step again in the backward: the same bits, less memory, more time."""
 
     def __post_init__(self) -> None:
-        for key, least in (("draft_tokens", 1), ("layers", 1), ("loss_chunk_rows", 0)):
+        super().__post_init__()
+        for key, least in (("draft_tokens", 1), ("loss_chunk_rows", 0)):
             _at_least(key, getattr(self, key), least)
         if not 0 < self.step_decay <= 1:
             raise ConfigError(f"method.options.step_decay={self.step_decay}: must lie in (0, 1]; the paper uses 0.8.")
@@ -86,7 +107,7 @@ class PEagleOptions(Eagle3Options):
 
 
 @dataclass(frozen=True, kw_only=True)
-class BlockOptions:
+class BlockOptions(DraftOptions):
     """Of every method that drafts a block of mask tokens in one forward."""
 
     block_size: int = 16
@@ -98,8 +119,6 @@ class BlockOptions:
     """full_attention or sliding_attention for each layer; empty: full_attention. Sliding layers are causal within the block."""
     sliding_window: int = 0
     """Positions that a row of a sliding layer sees, its own included."""
-    intermediate_size: int = 0
-    """Width of the draft's feed-forward; 0: the target's."""
     mask_token_id: int = -1
     """Id whose embedding stands for a token to be drafted, in no training row; -1: the highest such id."""
     position_decay: float = 7.0
@@ -108,7 +127,8 @@ class BlockOptions:
     """Rows whose vocabulary-wide numbers exist at one time; 0: 256 to 1,024."""
 
     def __post_init__(self) -> None:
-        for key, least in (("block_size", 2), ("anchors", 1), ("layers", 1), ("loss_chunk_rows", 0), ("mask_token_id", -1)):
+        super().__post_init__()
+        for key, least in (("block_size", 2), ("anchors", 1), ("loss_chunk_rows", 0), ("mask_token_id", -1)):
             _at_least(key, getattr(self, key), least)
         _at_least("position_decay", self.position_decay, 0)
         unknown = sorted(set(self.layer_types) - {"full_attention", "sliding_attention"})

@@ -123,5 +123,5 @@ class BlockDrafter:
             mixed_BhND = F.scaled_dot_product_attention(
                 q_RhD.unflatten(0, slot_BN.shape).transpose(1, 2), k_BgUD, v_BgUD, visible[kind][:, None], scale=1.0, enable_gqa=True
             )
-            hidden = after_attention(hidden, mixed_BhND.transpose(1, 2).flatten(0, 1), weights, layer.eps)
+            hidden = after_attention(hidden, mixed_BhND.transpose(1, 2).flatten(0, 1), weights, layer.eps).hidden_RH
         return self._draft.final_norm(hidden).unflatten(0, slot_BN.shape)

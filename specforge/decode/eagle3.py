@@ -139,7 +139,7 @@ class Eagle3Drafter:
             mixed_BhMD = F.scaled_dot_product_attention(
                 q_RhD.unflatten(0, shape[:2]).transpose(1, 2), k_BgSD, v_BgSD, visible_BMS[:, None], scale=1.0, enable_gqa=True
             )
-            hidden = after_attention(hidden, mixed_BhMD.transpose(1, 2).flatten(0, 1), weights, layer.eps)
+            hidden = after_attention(hidden, mixed_BhMD.transpose(1, 2).flatten(0, 1), weights, layer.eps).hidden_RH
         return hidden.unflatten(0, shape[:2])
 
     def _read(self, hidden_XH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

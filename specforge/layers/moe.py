@@ -18,7 +18,6 @@ from specforge.layers.choice import Choice
 from specforge.layers.experts import FORMS, Experts, Picks
 
 GATE_NOISE = 0.1
-"""Standard deviation of what is added to the gate's logits in training."""
 DENSE_WORK = 2**17
 """Tokens * width * inner up to which a CPU computes all experts sooner than it sorts (measured with 8 experts, 2 of them picked)."""
 IMPLEMENTATIONS = ("auto", *FORMS)
@@ -26,10 +25,15 @@ IMPLEMENTATIONS = ("auto", *FORMS)
 
 class Mixture(NamedTuple):
     out_TD: torch.Tensor
-    importance_E: torch.Tensor
-    """The gate's softmax, summed over tokens, float32 at least: for `balance_loss`."""
+    share_TE: torch.Tensor
+    """The gate's softmax, float32 at least."""
     overflow: torch.Tensor
     """Picks that found no place with their expert, int64 []; always 0 but for `capacity`. Whoever calls reports it."""
+
+    @property
+    def importance_E(self) -> torch.Tensor:
+        """The gate's softmax, summed over tokens: for `balance_loss`."""
+        return self.share_TE.sum(0)
 
 
 class SparseMoE(nn.Module):
@@ -38,6 +42,7 @@ class SparseMoE(nn.Module):
         implementation: one of `IMPLEMENTATIONS`.
         groups: the group of each expert, 0, 1, ...; experts of a group are one (`expert_merge`). None: each is its own.
         sync_free: `auto`, and what stands in for `grouped`, may not read a value back from the device.
+        gate_noise: standard deviation of what is added to the gate's logits in training.
 
     Raises:
         ConfigError: there is no such implementation.
@@ -54,11 +59,12 @@ class SparseMoE(nn.Module):
         implementation: str = "auto",
         groups: Sequence[int] | None = None,
         sync_free: bool = False,
+        gate_noise: float = GATE_NOISE,
     ) -> None:
         super().__init__()
         if implementation not in IMPLEMENTATIONS:
             raise ConfigError(f"moe={implementation!r}: there is no such implementation; choose one of {', '.join(IMPLEMENTATIONS)}.")
-        self.top_k, self.implementation, self.sync_free = top_k, implementation, sync_free
+        self.top_k, self.implementation, self.sync_free, self.gate_noise = top_k, implementation, sync_free, gate_noise
         self.groups = tuple(range(num_experts)) if groups is None else tuple(groups)
         num_groups = max(self.groups) + 1
         self.gate = nn.Linear(width, num_experts)
@@ -86,21 +92,21 @@ class SparseMoE(nn.Module):
         Args:
             noise_TE: standard normal numbers for the gate's noise; None: the mixture draws them in training, and has none elsewhere.
         """
-        picks, importance_E = self.route(x_TD, noise_TE)
+        picks, share_TE = self.route(x_TD, noise_TE)
         out_TD, overflow = FORMS[self.choice(x_TD).name](x_TD, self.experts, picks)
-        return Mixture(out_TD, importance_E, overflow)
+        return Mixture(out_TD, share_TE, overflow)
 
     def route(self, x_TD: torch.Tensor, noise_TE: torch.Tensor | None = None) -> tuple[Picks, torch.Tensor]:
-        """What the gate picks, and the importance [E] of each expert."""
+        """What the gate picks, and its softmax [T, E]."""
         logits_TE = self.gate(x_TD)
-        if noise_TE is None and self.training:
+        if noise_TE is None and self.training and self.gate_noise:
             noise_TE = torch.randn_like(logits_TE)
         if noise_TE is not None:
-            logits_TE = logits_TE + GATE_NOISE * noise_TE.to(logits_TE.dtype)
+            logits_TE = logits_TE + self.gate_noise * noise_TE.to(logits_TE.dtype)
         share_TE = logits_TE.softmax(-1, dtype=torch.promote_types(logits_TE.dtype, torch.float32))
         weight_TK, expert_TK = share_TE.topk(self.top_k, -1)
         group_TK = expert_TK if self.group_E is None else self.group_E[expert_TK]
-        return Picks(weight_TK.to(x_TD.dtype), group_TK), share_TE.sum(0)
+        return Picks(weight_TK.to(x_TD.dtype), group_TK), share_TE
 
     def choice(self, x_TD: torch.Tensor) -> Choice:
         """Which implementation computes `x_TD`, and why."""
@@ -133,6 +139,6 @@ def why_not_grouped(x_TD: torch.Tensor, inner: int) -> str | None:
     return None
 
 
-def balance_loss(importance_E: torch.Tensor) -> torch.Tensor:
-    """std / mean of the experts' importance, which is 0 when all are asked alike, as an expert without others is."""
-    return importance_E.std(correction=min(len(importance_E) - 1, 1)) / (importance_E.mean() + 1e-6)
+def balance_loss(importance_XE: torch.Tensor) -> torch.Tensor:
+    """std / mean of the experts' importance, [X], which is 0 when all are asked alike, as an expert without others is."""
+    return importance_XE.std(-1, correction=min(importance_XE.shape[-1] - 1, 1)) / (importance_XE.mean(-1) + 1e-6)

@@ -28,12 +28,13 @@ from specforge.features.source import FeatureStore
 from specforge.features.tables import TargetTables
 from specforge.layers.block_attention import BlockMask
 from specforge.layers.rows import to_device
+from specforge.methods.balance import balance_sum
 from specforge.methods.base import Moment, Plan, StepOutput
 from specforge.methods.distillation import Loss, TaughtRows, chunked_loss, chunks_of, default_chunk_rows
 from specforge.methods.mask_token import require_known, unused_token
 from specforge.methods.objectives import Objective
 from specforge.methods.teacher import Teacher, teacher_at
-from specforge.models.dflash import FULL, SLIDING, Blocks, DFlashConfig, DFlashDraft
+from specforge.models.dflash import FULL, SLIDING, Blocks, DFlashConfig, DFlashDraft, Outputs
 from specforge.models.initial_weights import draw_weights
 
 
@@ -158,9 +159,10 @@ class DFlash(nn.Module):
         return plan_blocks(batch, self._draft_weight_K, self.options.anchors, moment)
 
     def forward(self, batch: DraftBatch, plan: BlockPlan) -> StepOutput:
-        taught, hidden_NH = self._taught(batch, plan), self._hidden_states(batch, plan)
-        parts = self.parts(batch, plan, hidden_NH)
-        return self._output(batch, taught, chunked_loss(self.objective, parts, taught.rows, taught.teacher))
+        taught, outputs = self._taught(batch, plan), self._outputs(batch, plan)
+        parts = self.parts(batch, plan, outputs.hidden_NH)
+        loss = chunked_loss(self.objective, parts, taught.rows, taught.teacher)
+        return self._output(batch, plan, taught, loss, outputs)
 
     def parts(self, batch: DraftBatch, plan: BlockPlan, hidden_NH: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """What the logits of the plan's drafts are the sum of: hidden [N, ...] and head [V, ...]."""
@@ -181,6 +183,10 @@ class DFlash(nn.Module):
 
     def _hidden_states(self, batch: DraftBatch, plan: BlockPlan) -> torch.Tensor:
         """The draft's outputs [N, H], after the final norm, of the rows whose drafts count."""
+        return self._outputs(batch, plan).hidden_NH
+
+    def _outputs(self, batch: DraftBatch, plan: BlockPlan) -> Outputs:
+        """Of the rows whose drafts count."""
         config, documents, device = self.draft.config, batch.documents, batch.input_ids.device
         row_B = np.arange(config.block_size)
         position_R = (documents.position_T[plan.anchors_A][:, None] + row_B).ravel()
@@ -216,8 +222,12 @@ class DFlash(nn.Module):
         teacher = teacher_at(batch, to_device(teacher_U, device), self.head_VH) if self.objective.needs_teacher else None
         return TaughtDrafts(rows, teacher, starts, columns)
 
-    def _output(self, batch: DraftBatch, taught: TaughtDrafts, loss: Loss) -> StepOutput:
-        return StepOutput.of(loss.loss_sum, batch, self.draft_tokens, taught.start_N, taught.column_N, loss.proposals_N, loss.confidences_N)
+    def _output(self, batch: DraftBatch, plan: BlockPlan, taught: TaughtDrafts, loss: Loss, outputs: Outputs) -> StepOutput:
+        loss_sum = loss.loss_sum
+        if plan.moment is not None and outputs.shares_NE:
+            weight_N = to_device(self._draft_weight_K[plan.draft_N - 1], loss_sum.device)
+            loss_sum = loss_sum + self.options.balance_weight * balance_sum(outputs.shares_NE, batch, plan.start_N, weight_N)
+        return StepOutput.of(loss_sum, batch, self.draft_tokens, taught.start_N, taught.column_N, loss.proposals_N, loss.confidences_N)
 
 
 def derive_config(options: BlockOptions, tables: TargetTables, aux_layer_ids: tuple[int, ...], mask_token_id: int) -> DFlashConfig:
@@ -241,8 +251,7 @@ def derive_config(options: BlockOptions, tables: TargetTables, aux_layer_ids: tu
         )
     return DFlashConfig.of_target(
         target,
-        options.layers,
-        options.intermediate_size,
+        options,
         aux_layer_ids,
         block_size=options.block_size,
         mask_token_id=mask_token_id,

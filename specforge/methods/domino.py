@@ -45,9 +45,10 @@ class Domino(DFlash):
         return DominoConfig(**vars(shape), gru_hidden_dim=options.gru_hidden_dim, emb_dim=options.emb_dim)
 
     def forward(self, batch: DraftBatch, plan: BlockPlan) -> StepOutput:
-        taught, parts = self._taught(batch, plan), self.parts(batch, plan, self._hidden_states(batch, plan))
+        taught, outputs = self._taught(batch, plan), self._outputs(batch, plan)
+        parts = self.parts(batch, plan, outputs.hidden_NH)
         loss = chunked_loss(self.objective, parts, taught.rows, taught.teacher, self.base_share(plan.moment))
-        return self._output(batch, taught, loss)
+        return self._output(batch, plan, taught, loss, outputs)
 
     def parts(self, batch: DraftBatch, plan: BlockPlan, hidden_NH: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
         device, size = hidden_NH.device, self.draft_tokens

@@ -51,7 +51,8 @@ class DSpark(DFlash):
         return DSparkConfig(**vars(shape), markov_rank=options.markov_rank, markov_head_type=options.markov_head)
 
     def forward(self, batch: DraftBatch, plan: BlockPlan) -> StepOutput:
-        taught, hidden_NH = self._taught(batch, plan), self._hidden_states(batch, plan)
+        taught, outputs = self._taught(batch, plan), self._outputs(batch, plan)
+        hidden_NH = outputs.hidden_NH
         previous_NR = self._previous(batch, plan)
         loss = chunked_loss(self.objective, self._parts(batch, plan, hidden_NH, previous_NR), taught.rows, taught.teacher)
         assert loss.acceptance_N is not None
@@ -59,7 +60,8 @@ class DSpark(DFlash):
         accepted_N, weight_N = loss.acceptance_N.to(logit_N.dtype).clamp(0, 1), taught.rows.weight_N.to(logit_N.dtype)
         surprise = F.binary_cross_entropy_with_logits(logit_N, accepted_N, weight_N, reduction="sum")
         confidences_N = logit_N.detach().sigmoid().float()
-        return self._output(batch, taught, loss._replace(loss_sum=loss.loss_sum + surprise, confidences_N=confidences_N))
+        loss = loss._replace(loss_sum=loss.loss_sum + surprise, confidences_N=confidences_N)
+        return self._output(batch, plan, taught, loss, outputs)
 
     def parts(self, batch: DraftBatch, plan: BlockPlan, hidden_NH: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
         return self._parts(batch, plan, hidden_NH, self._previous(batch, plan))

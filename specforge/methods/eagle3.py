@@ -12,7 +12,7 @@ Where only few rows could leave, they stay, since moving the others together cos
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -30,6 +30,7 @@ from specforge.features.source import FeatureStore
 from specforge.features.tables import TargetTables
 from specforge.layers.norm import normalise
 from specforge.layers.rows import take_rows, to_device
+from specforge.methods.balance import balance_sum
 from specforge.methods.base import Moment, Plan, StepOutput
 from specforge.methods.distillation import TaughtRows, chunked_loss, chunks_of, default_chunk_rows
 from specforge.methods.objectives import Objective
@@ -62,6 +63,7 @@ class TTTPlan(Plan):
     steps: tuple[TTTStep, ...]
     counted_JT: np.ndarray
     """w_tj: bool [T steps, tokens]."""
+    moment: Moment | None = None
 
 
 def supervised_targets(batch: DraftBatch, num_steps: int) -> np.ndarray:
@@ -75,7 +77,9 @@ def supervised_targets(batch: DraftBatch, num_steps: int) -> np.ndarray:
     return supervised_JT
 
 
-def plan_ttt(batch: DraftBatch, supervised_JT: np.ndarray, in_vocabulary_V: np.ndarray, decay: float) -> TTTPlan:
+def plan_ttt(
+    batch: DraftBatch, supervised_JT: np.ndarray, in_vocabulary_V: np.ndarray, decay: float, moment: Moment | None = None
+) -> TTTPlan:
     """Which rows each step computes, which of them are supervised, and the batch's weight."""
     num_steps, tokens = supervised_JT.shape
     teachable_T = in_vocabulary_V[batch.argmax.numpy()]
@@ -93,15 +97,14 @@ def plan_ttt(batch: DraftBatch, supervised_JT: np.ndarray, in_vocabulary_V: np.n
             rows, keep = needed, np.searchsorted(rows, needed)
         steps.append(TTTStep(rows, keep, np.flatnonzero(supervised_JT[step, rows])))
     weight = sum(decay**step * float(counted_JT[step].sum()) for step in range(num_steps))
-    return TTTPlan(weight, tuple(steps), counted_JT)
+    return TTTPlan(weight, tuple(steps), counted_JT, moment)
 
 
 def derive_config(options: Eagle3Options, tables: TargetTables, aux_layer_ids: tuple[int, ...], draft_vocab_size: int) -> Eagle3Config:
     """The draft's shape from its target's: same width, heads, RoPE and context length."""
     return Eagle3Config.of_target(
         tables.config,
-        options.layers,
-        options.intermediate_size,
+        options,
         aux_layer_ids,
         draft_vocab_size=draft_vocab_size,
         head_trained=options.head == "trained",
@@ -181,23 +184,27 @@ class Eagle3(nn.Module):
         return dataclasses.asdict(self.draft.config)
 
     def plan(self, batch: DraftBatch, moment: Moment | None = None) -> TTTPlan:
-        return plan_ttt(batch, supervised_targets(batch, self.draft_tokens), self._in_vocabulary_V, self.options.step_decay)
+        supervised_JT = supervised_targets(batch, self.draft_tokens)
+        return plan_ttt(batch, supervised_JT, self._in_vocabulary_V, self.options.step_decay, moment)
 
     def forward(self, batch: DraftBatch, plan: TTTPlan) -> StepOutput:
-        outputs = self._hidden_states(batch, plan)
-        return self.loss(batch, plan, outputs)
+        outputs, states = self._steps(batch, plan)
+        return self.loss(batch, plan, outputs, states)
 
     def _embed(self, ids: torch.Tensor) -> torch.Tensor:
         return F.embedding(ids, self.embedding_VH).to(self.draft.fc.weight.dtype)
 
     def _hidden_states(self, batch: DraftBatch, plan: TTTPlan) -> list[torch.Tensor]:
-        """The draft's output [R, H] of every step, normalised but not yet times the final norm's weight."""
+        return self._steps(batch, plan)[0]
+
+    def _steps(self, batch: DraftBatch, plan: TTTPlan) -> tuple[list[torch.Tensor], list[LayerState]]:
+        """The draft's output [R, H] of every step, normalised but not yet times the final norm's weight, and what its layers hold."""
         device, documents = batch.input_ids.device, batch.documents
         dtype, all_T = self.draft.fc.weight.dtype, np.arange(documents.num_tokens if self.options.layers > 1 else 0)
         flex = self.options.attention == "flex"
         angles_P1C = self.draft.rotary(max(documents.lengths) + len(plan.steps))
         everywhere = StepRows.of(documents, all_T, angles_P1C[to_device(documents.position_T, device)], dtype, flex)
-        outputs = list[torch.Tensor]()
+        outputs, states = list[torch.Tensor](), list[LayerState]()
         for index, step in enumerate(plan.steps):
             if not len(step.rows_R):
                 break
@@ -214,7 +221,7 @@ class Eagle3(nn.Module):
                         state.keep(keep_R)
                 hidden = self.draft.next_step(*feed(hidden, normed, rows.token_R + index), rows, states)
             outputs.append(normalise(hidden, self.draft.config.rms_norm_eps))
-        return outputs
+        return outputs, states
 
     def _first_step(self, batch: DraftBatch, everywhere: StepRows, rows: StepRows) -> tuple[torch.Tensor, list[LayerState], Feed]:
         tokens, embedded_TH = batch.documents.num_tokens, self._embed(batch.input_ids.long().roll(-1))
@@ -222,8 +229,8 @@ class Eagle3(nn.Module):
         # Rows that nobody asks any more may reach beyond the last token: they are fed the first ones.
         return hidden, states, lambda hidden, normed, following_R: (hidden, normed, following_R % tokens)
 
-    def loss(self, batch: DraftBatch, plan: TTTPlan, outputs: list[torch.Tensor]) -> StepOutput:
-        """Loss, counts, proposals and their confidences from the `normalise`d outputs [R, H] of the steps."""
+    def loss(self, batch: DraftBatch, plan: TTTPlan, outputs: list[torch.Tensor], states: Sequence[LayerState] = ()) -> StepOutput:
+        """Loss, counts, proposals and their confidences from the `normalise`d outputs [R, H] of the steps, and what the layers hold."""
         device, steps = batch.input_ids.device, plan.steps[: len(outputs)]
         start_N = np.concatenate([step.rows_R[step.supervised_S] for step in steps])
         step_N = np.repeat(np.arange(len(steps)), [len(step.supervised_S) for step in steps])
@@ -245,6 +252,9 @@ class Eagle3(nn.Module):
         )  # fmt: skip
         loss_sum, proposals_N, confidences_N, _ = chunked_loss(self.objective, [(hidden_MH, head_DH.to(hidden_MH.dtype))], rows, teacher)
 
+        if plan.moment is not None and any(state.shares_RE for state in states):
+            shares_NE = [take_rows(torch.cat(state.shares_RE), rows.row_N) for state in states]
+            loss_sum = loss_sum + self.options.balance_weight * balance_sum(shares_NE, batch, start_N, rows.weight_N)
         starts, columns = to_device(start_N + 1, device), to_device(step_N, device)
         ids_N = proposals_N + self.draft.d2t[proposals_N]
         return StepOutput.of(loss_sum, batch, self.draft_tokens, starts, columns, ids_N, confidences_N)

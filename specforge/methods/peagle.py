@@ -76,7 +76,7 @@ class PEagle(Eagle3):
         if moment is not None:
             share_J = np.maximum(options.depth_ratio ** np.arange(self.draft_tokens), options.depth_floor)
             supervised_JT = thinned_out(batch, supervised_JT, share_J, moment)
-        return plan_ttt(batch, supervised_JT, self._in_vocabulary_V, options.step_decay)
+        return plan_ttt(batch, supervised_JT, self._in_vocabulary_V, options.step_decay, moment)
 
     def _first_step(self, batch: DraftBatch, everywhere: StepRows, rows: StepRows) -> tuple[torch.Tensor, list[LayerState], Feed]:
         fused_TH, mask_1H = self.draft.fuse_with_mask(batch.aux)

@@ -8,18 +8,19 @@ Shapes: T packed tokens, R rows (A blocks of B), H hidden, F = captured layers *
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import nn
 
 from specforge.layers.block_attention import BlockMask, block_attention
 from specforge.layers.head_norm import normalise_and_rotate
+from specforge.layers.moe import SparseMoE
 from specforge.layers.norm import normalise
 from specforge.layers.rotary import Rotary, pair_rows
 from specforge.layers.rows import take_rows
 from specforge.layers.shared import Shared, linear
-from specforge.models.decoder import OutputWeights, after_attention
+from specforge.models.decoder import DenseWeights, MixtureWeights, OutputWeights, after_attention, mixture_of
 from specforge.models.draft_config import DraftConfig
 
 FULL, SLIDING = "full_attention", "sliding_attention"
@@ -47,6 +48,13 @@ class Blocks:
     """By type of layer."""
     wanted_N: torch.Tensor
     """The rows whose output is wanted, int64."""
+
+
+class Outputs(NamedTuple):
+    hidden_NH: torch.Tensor
+    """Of the wanted rows, after the final norm."""
+    shares_NE: list[torch.Tensor]
+    """How each layer divided them among its experts; empty where feed-forwards are dense."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,11 +99,11 @@ class DFlashLayer(nn.Module):
         self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = FeedForward(config)
+        self.mlp: FeedForward | SparseMoE = mixture_of(config) if config.experts else FeedForward(config)
 
     def weights(self, context_norm_H: torch.Tensor) -> LayerWeights:
         """`context_norm_H`: the weight of the norm that all layers' context has passed."""
-        own, mlp = self.self_attn, self.mlp
+        own, mlp, norm = self.self_attn, self.mlp, self.post_attention_layernorm
         q, k = (pair_rows(projection.weight, self.head_dim) for projection in (own.q_proj, own.k_proj))
         query_norm_D, key_norm_D = (pair_rows(norm.weight, self.head_dim) for norm in (own.q_norm, own.k_norm))
         return LayerWeights(
@@ -103,8 +111,7 @@ class DFlashLayer(nn.Module):
             context_YH=Shared(torch.cat([k, own.v_proj.weight]) * context_norm_H),
             head_norm_nD=torch.cat([(query_norm_D * self.head_dim**-0.5).expand(self.heads, -1), key_norm_D.expand(self.groups, -1)]),
             output_HZ=Shared(own.o_proj.weight),
-            gate_up_YH=Shared(torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]) * self.post_attention_layernorm.weight),
-            down_HI=Shared(mlp.down_proj.weight),
+            feed_forward=MixtureWeights.of(mlp, norm) if isinstance(mlp, SparseMoE) else DenseWeights.of(mlp, norm),
         )
 
     def context_keys_values(self, normed_TH: torch.Tensor, weights: LayerWeights, angle_T1C: torch.Tensor) -> torch.Tensor:
@@ -153,12 +160,13 @@ class DFlashDraft(nn.Module):
         mask_1kX = mask_11X.expand(-1, self.config.block_size - 1, -1)  # first, so that its gradient is summed over whole blocks
         return torch.cat([anchor_A1X, mask_1kX.expand(len(anchor_A1X), -1, -1)], 1).flatten(0, 1)
 
-    def forward(self, aux_TF: torch.Tensor, embedded_EH: torch.Tensor, blocks: Blocks) -> torch.Tensor:
-        """Outputs [N, H] of the wanted rows, after the final norm; `embedded_EH` are the anchors' tokens and, last, the mask token.
+    def forward(self, aux_TF: torch.Tensor, embedded_EH: torch.Tensor, blocks: Blocks) -> Outputs:
+        """`embedded_EH` are the anchors' tokens and, last, the mask token.
 
         All masked rows are alike before they are rotated, so the first layer projects one of them.
         """
         config, hidden, context_TH = self.config, self.spread(embedded_EH), self.fuse(aux_TF)
+        shares = list[torch.Tensor]()
         for depth, (layer, kind) in enumerate(zip(self.stack, config.layer_types, strict=True)):
             weights = layer.weights(self.hidden_norm.weight)
             context_T2gD = Shared(layer.context_keys_values(context_TH, weights, blocks.angle_T1C))
@@ -167,10 +175,13 @@ class DFlashDraft(nn.Module):
             by_block = (-1, config.block_size)
             mixed_ABhD = block_attention(q_RhD.unflatten(0, by_block), own_2RgD.unflatten(1, by_block), context_T2gD, blocks.masks[kind])
             mixed_RhD = mixed_ABhD.flatten(0, 1)
-            if depth == config.num_hidden_layers - 1:
+            last = depth == config.num_hidden_layers - 1
+            if last:
                 hidden, mixed_RhD = take_rows(hidden, blocks.wanted_N), take_rows(mixed_RhD, blocks.wanted_N)
-            hidden = after_attention(hidden, mixed_RhD, weights, layer.eps)
-        return self.final_norm(hidden)
+            hidden, share_RE = after_attention(hidden, mixed_RhD, weights, layer.eps)
+            if share_RE is not None:
+                shares.append(share_RE if last else take_rows(share_RE, blocks.wanted_N))
+        return Outputs(self.final_norm(hidden), shares)
 
     def final_norm(self, hidden_XH: torch.Tensor) -> torch.Tensor:
         return normalise(hidden_XH, self.config.rms_norm_eps) * self.norm.weight

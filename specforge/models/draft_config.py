@@ -1,10 +1,11 @@
 """What the shape of every draft says, most of it its target's, and how a stored shape is read."""
 
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any, Self, get_origin, get_type_hints
 
 from specforge import files
+from specforge.config.methods import DraftOptions
 from specforge.errors import CheckpointError
 from specforge.features.tables import TargetConfig
 from specforge.models.draft_folder import read_draft_config
@@ -27,15 +28,18 @@ class DraftConfig:
     rope_parameters: dict[str, Any]
     aux_layer_ids: tuple[int, ...]
     """Indices into Hugging Face `hidden_states`, ascending."""
+    experts: int = 0
+    """Of each layer's feed-forward, `intermediate_size` wide; 0: it is dense."""
+    experts_per_token: int = 2
 
     @classmethod
-    def of_target(cls, target: TargetConfig, layers: int, intermediate_size: int, aux_layer_ids: tuple[int, ...], **own: Any) -> Self:
-        """The same width, heads, RoPE and context length as the target; `intermediate_size` 0: the target's; `own`: the other fields."""
+    def of_target(cls, target: TargetConfig, options: DraftOptions, aux_layer_ids: tuple[int, ...], **own: Any) -> Self:
+        """The same width, heads, RoPE and context length as the target; `own`: the other fields."""
         return cls(
             hidden_size=target.hidden_size,
             target_hidden_size=target.hidden_size,
-            intermediate_size=intermediate_size or target.intermediate_size,
-            num_hidden_layers=layers,
+            intermediate_size=options.intermediate_size or target.intermediate_size,
+            num_hidden_layers=options.layers,
             num_attention_heads=target.num_attention_heads,
             num_key_value_heads=target.num_key_value_heads,
             head_dim=target.head_dim,
@@ -44,6 +48,8 @@ class DraftConfig:
             max_position_embeddings=target.max_position_embeddings,
             rope_parameters=target.rope_parameters,
             aux_layer_ids=aux_layer_ids,
+            experts=options.experts,
+            experts_per_token=options.experts_per_token,
             **own,
         )
 
@@ -54,7 +60,7 @@ class DraftConfig:
         Raises:
             CheckpointError: `config.json` is missing or no such shape.
         """
-        stored = read_draft_config(folder)
+        stored = {field.name: field.default for field in fields(cls) if field.default is not MISSING} | read_draft_config(folder)
         lists = {name: list for name, hint in get_type_hints(cls).items() if get_origin(hint) is tuple}
         kinds: dict[str, Any] = {**files.kinds_of(cls), **lists}
         files.check_fields(stored, f"{folder}/config.json", CheckpointError, **kinds)

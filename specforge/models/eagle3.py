@@ -24,7 +24,7 @@ from specforge.layers.norm import normalise
 from specforge.layers.rotary import Rotary, pair_rows, rotate
 from specforge.layers.rows import take_rows, to_device
 from specforge.layers.shared import Shared, linear
-from specforge.models.decoder import OutputWeights, after_attention
+from specforge.models.decoder import DenseWeights, LayerOutput, MixtureWeights, OutputWeights, after_attention, mixture_of
 from specforge.models.draft_config import DraftConfig
 
 
@@ -85,6 +85,8 @@ class LayerState:
     own_k_RhD: list[Shared] = field(default_factory=list)
     own_v_RhD: list[Shared] = field(default_factory=list)
     """Of the steps after the first, repeated for each query head."""
+    shares_RE: list[torch.Tensor] = field(default_factory=list)
+    """How each step's rows were divided among the experts, where there are some."""
 
     def keep(self, rows: torch.Tensor) -> None:
         self.own_k_RhD = [Shared(take_rows(k.tensor, rows)) for k in self.own_k_RhD]
@@ -111,22 +113,23 @@ class Eagle3Layer(nn.Module):
         self.v_proj = nn.Linear(width, groups * config.head_dim, bias=False)
         self.o_proj = nn.Linear(heads * config.head_dim, hidden, bias=False)
         self.post_attention_layernorm = nn.RMSNorm(hidden, config.rms_norm_eps)
-        self.gate_proj = nn.Linear(hidden, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(hidden, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, hidden, bias=False)
+        self.moe = mixture_of(config) if config.experts else None
+        if self.moe is None:
+            self.gate_proj = nn.Linear(hidden, config.intermediate_size, bias=False)
+            self.up_proj = nn.Linear(hidden, config.intermediate_size, bias=False)
+            self.down_proj = nn.Linear(config.intermediate_size, hidden, bias=False)
 
     def weights(self) -> LayerWeights:
         q, k = (pair_rows(projection.weight, self.head_dim) for projection in (self.q_proj, self.k_proj))
         qkv = torch.cat([q * self.head_dim**-0.5, k, self.v_proj.weight])
         norms = [self.hidden_norm] if self.input_layernorm is None else [self.input_layernorm, self.hidden_norm]
         *embedding_XH, qkv_XH = (part * norm.weight for part, norm in zip(qkv.chunk(len(norms), 1), norms, strict=True))
-        gate_up_YH = torch.cat([self.gate_proj.weight, self.up_proj.weight]) * self.post_attention_layernorm.weight
+        norm = self.post_attention_layernorm
         return LayerWeights(
             qkv_XH=Shared(qkv_XH),
             embedding_XH=embedding_XH[0] if embedding_XH else None,
             output_HZ=Shared(self.o_proj.weight),
-            gate_up_YH=Shared(gate_up_YH),
-            down_HI=Shared(self.down_proj.weight),
+            feed_forward=DenseWeights.of(self, norm) if self.moe is None else MixtureWeights.of(self.moe, norm),
         )
 
     def queries_keys_values(
@@ -138,11 +141,13 @@ class Eagle3Layer(nn.Module):
         q_RhD, k_RgD = rotate(qk_RhD, angle_R1C).split([self.heads, self.groups], 1)
         return q_RhD, k_RgD, v_RgD
 
-    def mix(self, hidden_RH: torch.Tensor, q_RhD: torch.Tensor, state: LayerState, rows: StepRows) -> torch.Tensor:
-        """The layer from its queries on."""
+    def mix(
+        self, hidden_RH: torch.Tensor, q_RhD: torch.Tensor, state: LayerState, rows: StepRows, taught_R: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The layer from its queries on. `taught_R`: rows whose shares are kept, int64; None: all."""
         own_k, own_v = tuple(state.own_k_RhD), tuple(state.own_v_RhD)  # as they are now: a second pass must not see later steps
 
-        def run(hidden_RH: torch.Tensor, q_RhD: torch.Tensor) -> torch.Tensor:
+        def run(hidden_RH: torch.Tensor, q_RhD: torch.Tensor) -> LayerOutput:
             if rows.mask is None:
                 mixed_RhD = prefix_and_own_attention(q_RhD, state.prefix_T2gD, own_k, own_v, rows.blocks, rows.biases)
             else:
@@ -151,8 +156,12 @@ class Eagle3Layer(nn.Module):
             return after_attention(hidden_RH, mixed_RhD, state.weights, self.eps)
 
         if self.checkpointing and torch.is_grad_enabled():
-            return checkpoint(run, hidden_RH, q_RhD, use_reentrant=False, preserve_rng_state=False)
-        return run(hidden_RH, q_RhD)
+            hidden_RH, share_RE = checkpoint(run, hidden_RH, q_RhD, use_reentrant=False, preserve_rng_state=False)
+        else:
+            hidden_RH, share_RE = run(hidden_RH, q_RhD)
+        if share_RE is not None:
+            state.shares_RE.append(share_RE if taught_R is None else take_rows(share_RE, taught_R))
+        return hidden_RH
 
 
 class Eagle3Draft(nn.Module):
@@ -211,7 +220,7 @@ class Eagle3Draft(nn.Module):
                 q_RhD, hidden = take_rows(q_RhD, rows.token_R), take_rows(hidden, rows.token_R)
                 hidden = layer.mix(hidden, q_RhD, states[-1], rows)
             else:
-                hidden = layer.mix(hidden, q_RhD, states[-1], everywhere)
+                hidden = layer.mix(hidden, q_RhD, states[-1], everywhere, rows.token_R)
         return hidden, states
 
     def next_step(

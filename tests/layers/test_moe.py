@@ -126,10 +126,11 @@ def test_weights_are_the_softmax_of_all_experts() -> None:
     with torch.no_grad():
         moe.gate.weight.zero_()
         moe.gate.bias.copy_(torch.tensor([1.0, 2.0, 4.0, 3.0]).log())
-    picks, importance_E = moe.route(torch.ones(3, WIDTH))
+    picks, share_TE = moe.route(torch.ones(3, WIDTH))
     assert picks.group_TK.tolist() == [[2, 3]] * 3
     torch.testing.assert_close(picks.weight_TK, torch.tensor([[0.4, 0.3]] * 3))
-    torch.testing.assert_close(importance_E, torch.tensor([0.3, 0.6, 1.2, 0.9]))
+    torch.testing.assert_close(share_TE, torch.tensor([[0.1, 0.2, 0.4, 0.3]] * 3))
+    torch.testing.assert_close(moe(torch.ones(3, WIDTH)).importance_E, torch.tensor([0.3, 0.6, 1.2, 0.9]))
 
 
 def test_balance_is_spread_over_mean() -> None:
@@ -137,6 +138,9 @@ def test_balance_is_spread_over_mean() -> None:
     torch.testing.assert_close(balance_loss(torch.tensor([1.0, 3.0])), torch.tensor(math.sqrt(2) / 2), rtol=1e-6, atol=0)
     assert balance_loss(torch.tensor([2.0, 2.0])) == 0
     assert balance_loss(torch.tensor([2.0])) == 0
+    torch.testing.assert_close(
+        balance_loss(torch.tensor([[1.0, 3.0], [2.0, 2.0]])), torch.tensor([math.sqrt(2) / 2, 0.0]), rtol=1e-6, atol=0
+    )
 
 
 def test_noise_is_for_training() -> None:

@@ -1,4 +1,4 @@
-"""What every registered method keeps, by being registered: nothing here knows one of them by name."""
+"""What every registered method keeps, by being registered, and two of them with experts in their layers as well."""
 
 from collections.abc import Callable
 from dataclasses import fields, replace
@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from specforge import files
-from specforge.config.methods import METHODS
+from specforge.config.methods import METHODS, Registered
 from specforge.config.schema import TrainConfig
 from specforge.decode.drafter import Drafter, NoDrafter
 from specforge.decode.engine import Decoder
@@ -39,18 +39,26 @@ TINY = {
 STEPS = 3
 MOMENT = Moment(seed=0, step=5, total_steps=10)
 
-each_method = pytest.mark.parametrize("name", METHODS)
+EXPERTS = {"experts": 4, "intermediate_size": 24, "layers": 2, "balance_weight": 1.0}
+OF_EXPERTS = " of experts"
+
+each_method = pytest.mark.parametrize("name", [*METHODS, "eagle3" + OF_EXPERTS, "dflash" + OF_EXPERTS])
+
+
+def entry(name: str) -> Registered:
+    return METHODS[name.removesuffix(OF_EXPERTS)]
 
 
 def make(name: str, target_path: Path, store: LocalFeatureStore, seed: int = 0, **others: Any) -> Any:
-    options = METHODS[name].options
+    options = entry(name).options
     known = {field.name for field in fields(options)}
-    chosen = options(**{key: value for key, value in TINY.items() if key in known} | others)
-    return METHODS[name].load().build(chosen, TargetTables.read(target_path), store, seed)
+    variant = EXPERTS if name.endswith(OF_EXPERTS) else {}
+    chosen = options(**{key: value for key, value in TINY.items() if key in known} | variant | others)
+    return entry(name).load().build(chosen, TargetTables.read(target_path), store, seed)
 
 
 def drafter_of(name: str, method: Any, draft_tokens: int) -> Drafter:
-    return METHODS[name].load_drafter()(method, draft_tokens)
+    return entry(name).load_drafter()(method, draft_tokens)
 
 
 def learn(method: Any, store: LocalFeatureStore, steps: int) -> Any:
@@ -155,7 +163,7 @@ def test_a_stored_draft_is_the_same_draft(name: str, target_path: Path, store: L
     method = learn(make(name, target_path, store), store, 2)
     files.write_json(tmp_path / "config.json", method.config_dict())
     save_file({key: value.contiguous() for key, value in method.draft.state_dict().items()}, tmp_path / "model.safetensors")
-    again = METHODS[name].load().read(method.options, TargetTables.read(target_path), tmp_path)
+    again = entry(name).load().read(method.options, TargetTables.read(target_path), tmp_path)
     again.draft.load_state_dict(load_file(tmp_path / "model.safetensors"))
     batch = DraftBatch.read(store, range(len(store)))
     with torch.no_grad():
