@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from specforge.features.batch import DraftBatch
 from specforge.features.store import LocalFeatureStore, SampleFeatures
+from specforge.layers.moe import SparseMoE
 from specforge.methods.base import Moment, StepOutput
 from specforge.methods.dflash import DFlash
 
@@ -24,7 +25,7 @@ def sharpen(method: DFlash) -> None:
     """Weights at which attention decides what is said, every norm has a weight of its own, and no matrix is 0."""
     generator = torch.Generator().manual_seed(1)
     for parameter in method.draft.parameters():
-        if parameter.dim() == 2 and parameter.any():
+        if parameter.dim() >= 2 and parameter.any():
             parameter.data *= 2
         elif parameter.dim() == 2:
             parameter.data.normal_(generator=generator)
@@ -68,7 +69,8 @@ def slow_outputs(method: DFlash, sample: SampleFeatures, anchor: int) -> torch.T
             mixed.append((scores.softmax(0)[..., None] * v[list(seen)]).sum(0).flatten())
         hidden = hidden + own.o_proj(torch.stack(mixed))
         x = layer.post_attention_layernorm(hidden)
-        hidden = hidden + layer.mlp.down_proj(F.silu(layer.mlp.gate_proj(x)) * layer.mlp.up_proj(x))
+        mlp, sparse = layer.mlp, isinstance(layer.mlp, SparseMoE)
+        hidden = hidden + (mlp(x).out_TD if sparse else mlp.down_proj(F.silu(mlp.gate_proj(x)) * mlp.up_proj(x)))
     final: torch.Tensor = draft.norm(hidden)
     return final
 

@@ -21,6 +21,7 @@ from tests.slow_blocks import assert_equals_slow_form, ragged, sharpen, slow_los
 from tests.tiny import AUX
 
 SLIDING: dict[str, Any] = {"layers": 3, "layer_types": ("full_attention", "sliding_attention", "full_attention"), "sliding_window": 6}
+SPARSE = {"experts": 3, "intermediate_size": 24, "balance_weight": 0.0}
 LOSSES = ["ce", "kl", "tv", "lk_alpha", "lk_lambda", "dpace", "dpace_prefix", "dpace_continuation"]
 MOMENT = Moment(seed=3, step=7, total_steps=10)
 
@@ -34,7 +35,7 @@ def make_dflash(target_path: Path, store: LocalFeatureStore, **options: Any) -> 
 
 
 @pytest.mark.parametrize("moment", [None, MOMENT], ids=["evaluation", "training"])
-@pytest.mark.parametrize("options", [{"loss": loss} for loss in LOSSES] + [SLIDING], ids=str)
+@pytest.mark.parametrize("options", [{"loss": loss} for loss in LOSSES] + [SLIDING, SPARSE], ids=str)
 def test_blocks_equal_the_slow_form(options: dict[str, Any], moment: Moment | None, target_path: Path, store: LocalFeatureStore) -> None:
     method = make_dflash(target_path, store, **options)
 

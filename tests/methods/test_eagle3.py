@@ -24,6 +24,7 @@ OPTIONS: list[dict[str, object]] = [
     {"layers": 2, "draft_tokens": 4},
     {"fc_norm": True, "norm_output": True, "draft_vocab_size": 0},
     {"norm_before_fc": True, "head": "frozen", "layers": 2},
+    {"experts": 3, "experts_per_token": 2, "layers": 2},
 ]
 
 
@@ -61,7 +62,8 @@ def slow_document(method: Eagle3, sample: SampleFeatures) -> tuple[torch.Tensor,
                 mixed.append((scores.softmax(-1)[:, None] @ seen_v)[:, 0].flatten())
             hidden = hidden + layer.o_proj(torch.stack(mixed))
             x = layer.post_attention_layernorm(hidden)
-            hidden = hidden + layer.down_proj(F.silu(layer.gate_proj(x)) * layer.up_proj(x))
+            dense = layer.moe is None
+            hidden = hidden + (layer.down_proj(F.silu(layer.gate_proj(x)) * layer.up_proj(x)) if dense else layer.moe(x).out_TD)
         fed = hidden
         log_q = (draft.norm(hidden) @ head.T).log_softmax(-1)
         for t in range(tokens - 2 - j):
