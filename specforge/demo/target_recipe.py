@@ -1,6 +1,6 @@
 """How the embedded target was trained; one command does it again.
 
-    python -m specforge.demo.target_recipe --minutes 70 --out DIR [--suite BUNDLE]
+    python -m specforge.demo.target_recipe --minutes 70 --out DIR [--suite BUNDLE] [--own-document]
 
 A byte-level BPE tokenizer of 4096 entries and a Llama of 2.4 million parameters, trained on source documents and on
 conversations about them. Hidden matrices are optimised by Muon, tables and norms by AdamW; the learning rate depends on
@@ -14,7 +14,7 @@ import os
 import random
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTra
 from specforge.demo.conversations import conversations
 from specforge.demo.corpus import digest, documents
 from specforge.demo.muon import Muon
+from specforge.demo.own_document import packed_logits, pieces
 from specforge.distributed import World
 from specforge.suite.bundle import read_tasks
 from specforge.suite.evaluate import Evaluation, Manner
@@ -188,11 +189,12 @@ def suite_hook(bundle: Path, tokenizer: PreTrainedTokenizerFast, out: Path, ever
     return SuiteInTraining(Evaluation(cache, Draw(), World()), read_tasks(bundle), Manner(), every_steps)
 
 
-def train(out: Path, minutes: float, suite: Path | None = None, suite_every: int = 500) -> None:
+def train(out: Path, minutes: float, suite: Path | None = None, suite_every: int = 500, own_document: bool = False) -> None:
     """Train for so many minutes in all, from the snapshot in `out` if there is one (moments start anew).
 
     Args:
         suite: a bundle that is scored every `suite_every` steps, in time that does not count.
+        own_document: a token sees its own document or conversation alone, and not all of its row.
     """
     out.mkdir(parents=True, exist_ok=True)
     snapshot, progress = out / "snapshot", Progress()
@@ -203,6 +205,7 @@ def train(out: Path, minutes: float, suite: Path | None = None, suite_every: int
     else:
         tokenizer = train_tokenizer(document.text for document in documents("train")[::4])
         model = new_model(tokenizer)
+    first_ids = tokenizer.convert_tokens_to_ids([DOC, USER]) if own_document else []
     batches = [Rows(stream, SEED + 2 * progress.steps + i) for i, stream in enumerate(stored_streams(out, tokenizer))]
     chosen, began_at = optimizers(model), progress.steps
     base = [group["lr"] for optimizer in chosen for group in optimizer.param_groups]
@@ -211,7 +214,7 @@ def train(out: Path, minutes: float, suite: Path | None = None, suite_every: int
     while progress.spent_s < minutes * 60:
         share = progress.spent_s / (minutes * 60)
         num_chats = sum(rng.random() < chat_share_at(share) for _ in range(BATCH_ROWS))
-        loss = backward(model, batches, num_chats, REPEAT_WEIGHT if share >= SECOND_STAGE else 0.0)
+        loss = backward(model, batches, num_chats, REPEAT_WEIGHT if share >= SECOND_STAGE else 0.0, first_ids)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for group, rate in zip([group for optimizer in chosen for group in optimizer.param_groups], base, strict=True):
             group["lr"] = rate * rate_at(share) * min(1.0, (progress.steps - began_at + 1) / 20)
@@ -235,7 +238,8 @@ def train(out: Path, minutes: float, suite: Path | None = None, suite_every: int
             (snapshot / "progress.json").write_text(json.dumps(asdict(progress)))
     save(model, tokenizer, out)
     facts = {
-        "command": f"python -m specforge.demo.target_recipe --minutes {minutes:g}", "corpus_sha256": digest(), "seed": SEED,
+        "command": f"python -m specforge.demo.target_recipe --minutes {minutes:g}" + own_document * " --own-document",
+        "corpus_sha256": digest(), "seed": SEED,
         "steps": progress.steps, "tokens": progress.tokens, "minutes": round(progress.spent_s / 60, 1),
         "threads": torch.get_num_threads(), "train_loss_nats": round(progress.loss_nats, 4), "torch": torch.__version__,
         "date": time.strftime("%Y-%m-%d"),
@@ -254,14 +258,21 @@ def stored_streams(out: Path, tokenizer: PreTrainedTokenizerFast) -> tuple[np.nd
     return stored["sources"], stored["chats"]
 
 
-def backward(model: LlamaForCausalLM, batches: list[Rows], num_chats: int, repeat_weight: float) -> float:
-    """Gradients of one batch, conversations last; returns its cross-entropy in nats a token."""
+def backward(model: LlamaForCausalLM, batches: list[Rows], num_chats: int, repeat_weight: float, first_ids: Sequence[int] = ()) -> float:
+    """Gradients of one batch, conversations last; returns its cross-entropy in nats a token.
+
+    Args:
+        first_ids: what a document or conversation begins with, of which no token sees another; empty: it sees all of its row.
+    """
     kinds = [batch.take(count) for batch, count in zip(batches, (BATCH_ROWS - num_chats, num_chats), strict=True) if count]
     rows_BT = torch.from_numpy(np.concatenate(kinds))
     is_chat_B = torch.arange(BATCH_ROWS) >= BATCH_ROWS - num_chats
     total = 0.0
     for ids_BT, chat_B in zip(rows_BT.split(MICRO_ROWS), is_chat_B.split(MICRO_ROWS), strict=True):
-        logits_BTV = model(input_ids=ids_BT[:, :-1], use_cache=False).logits
+        if first_ids:
+            logits_BTV = packed_logits(model, ids_BT[:, :-1], pieces(ids_BT[:, :-1].numpy(), first_ids))
+        else:
+            logits_BTV = model(input_ids=ids_BT[:, :-1], use_cache=False).logits
         if repeat_weight and chat_B.any():
             entropy_B, unlikelihood_B = losses(logits_BTV, ids_BT[:, :-1], ids_BT[:, 1:])
             loss = (entropy_B.sum() + repeat_weight * (unlikelihood_B * chat_B).sum()) / BATCH_ROWS
@@ -292,10 +303,11 @@ def main() -> None:
         "--suite", type=Path, metavar="BUNDLE", help="tasks to score on the way (`python -m specforge.demo.bundle` writes some)"
     )
     parser.add_argument("--suite-every", type=int, default=500, metavar="STEPS", help="how often (default 500)")
+    parser.add_argument("--own-document", action="store_true", help="no token sees another document than its own")
     given = parser.parse_args()
     warnings.simplefilter("ignore", SyntaxWarning)
     torch.set_num_threads(os.cpu_count() or 1)
-    train(given.out, given.minutes, given.suite, given.suite_every)
+    train(given.out, given.minutes, given.suite, given.suite_every, given.own_document)
 
 
 if __name__ == "__main__":
