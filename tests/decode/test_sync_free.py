@@ -17,7 +17,7 @@ from specforge.features.store import LocalFeatureStore
 from specforge.features.target import Target
 from specforge.methods.base import Method
 from tests.decode.test_session import make_target
-from tests.methods.test_contract import each_method, make
+from tests.methods.test_contract import each_method, entry, make
 from tests.sync_free import value_read
 
 PROMPTS = [np.arange(3, 12), np.arange(5, 9)]
@@ -58,7 +58,7 @@ def a_round_and_a_proposal(drafter: Drafter, target: Target) -> None:
 @pytest.mark.parametrize("sampled", [False, True])
 def test_a_chain_reads_nothing(sampled: bool, name: str, answered_path: Path, answered: LocalFeatureStore) -> None:
     def run(target: Target, method: Method) -> None:
-        a_round_and_a_proposal(METHODS[name].load_drafter()(method, 3, Sampling(temperature=1.0) if sampled else None), target)
+        a_round_and_a_proposal(entry(name).load_drafter()(method, 3, Sampling(temperature=1.0) if sampled else None), target)
 
     assert value_read(run, checked(Target.load(answered_path, "float32")), make(name, answered_path, answered)) is None
 
