@@ -24,39 +24,26 @@ def loaded_by(name: str, config: Any, target: TargetConfig) -> tuple[str, ...]:
 
 def require_loadable(name: str, config: Any, target: TargetConfig, format_name: str) -> None:
     """Raises ExportError, with the reason, where the engine of a format would load the draft wrongly or not at all."""
-    reason = _for_all(config, target)
-    if not reason and format_name in _ENGINE_OF:
-        reason = why_not(name, config, target, _ENGINE_OF[format_name])
-    if not reason and format_name == "speculators" and name == "domino":
-        reason = "speculators has no such model"
-    if not reason and not loaded_by(name, config, target):
-        reason = "; ".join(f"{ENGINES[engine]}: {why_not(name, config, target, engine)}" for engine in ENGINES)
+    reason = why_no_format(name, config, target, format_name)
     if reason:
-        others = [other for other in FORMATS if other != format_name and _is_loadable(name, config, target, other)]
-        way_out = f"choose --to {' or '.join(others)}" if others else "train it otherwise"
+        others = [other for other in FORMATS if not why_no_format(name, config, target, other)]
+        way_out = f"choose --to {' or '.join(others)}" if others else "no other format helps; train it otherwise"
         raise ExportError(f"--to {format_name}: a {name} draft of this shape cannot be exported so: {reason}; {way_out}.")
 
 
-def _is_loadable(name: str, config: Any, target: TargetConfig, format_name: str) -> bool:
-    try:
-        require_loadable_alone(name, config, target, format_name)
-    except ExportError:
-        return False
-    return True
-
-
-def require_loadable_alone(name: str, config: Any, target: TargetConfig, format_name: str) -> None:
-    """The rule without the hint at other formats."""
-    engine = _ENGINE_OF.get(format_name)
-    reason = _for_all(config, target) or (why_not(name, config, target, engine) if engine else "")
-    if reason or not loaded_by(name, config, target):
-        raise ExportError(reason or "no engine loads it")
+def why_no_format(name: str, config: Any, target: TargetConfig, format_name: str) -> str:
+    """Why a draft is not written in a format; empty: it is. What both engines can read must suit at least one."""
+    reason = _for_all(config, target)
+    if not reason and format_name in _ENGINE_OF:
+        return why_not(name, config, target, _ENGINE_OF[format_name])
+    if not reason and not loaded_by(name, config, target):
+        return "; ".join(why_not(name, config, target, engine) for engine in ENGINES)
+    return reason
 
 
 def why_not(name: str, config: Any, target: TargetConfig, engine: str) -> str:
     """Why an engine does not serve such a draft as it was trained; empty: it does."""
-    reason = _sglang(name, config, target) if engine == "sglang" else _vllm(name, config)
-    return reason
+    return _sglang(name, config, target) if engine == "sglang" else _vllm(name, config)
 
 
 def _for_all(config: Any, target: TargetConfig) -> str:

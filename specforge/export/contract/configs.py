@@ -64,8 +64,8 @@ def _agree(left: tuple[int, ...], right: tuple[int, ...], names: str, where: str
     """Two lists of layers, both as indices of hidden states."""
     if left != right:
         raise ExportError(
-            f"{where}: {names} mean hidden states {list(left)} and {list(right)}; SGLang reads the one, vLLM the other, and they must capture "
-            "the same."
+            f"{where}: {names} mean hidden states {list(left)} and {list(right)}; SGLang reads the one, vLLM the other, and "
+            "they must capture the same."
         )
     if left[0] < 1:
         raise ExportError(f"{where}: {names} mean hidden state {left[0]}; SGLang can name none below 1.")
@@ -89,7 +89,7 @@ def _eagle(keys: Keys, kind: str) -> Network:
     inner.exactly("norm_before_fc", dict(own)["norm_before_fc"], "it stands at the top level too")
     feature, draft_vocab = keys.count("target_hidden_size"), keys.count("draft_vocab_size")
     if kind == "eagle3" and feature * len(ids) == shape["hidden"]:
-        raise keys.wrong("target_hidden_size", "all captured layers together are as wide as the draft, and SGLang then leaves out the fusion")
+        raise keys.wrong("target_hidden_size", "all captured layers together are as wide as the draft; SGLang then leaves out the fusion")
     return Network(kind=kind, hidden_state_ids=ids, feature=feature, draft_vocab=draft_vocab, own=own, **shape)
 
 

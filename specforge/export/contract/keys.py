@@ -1,5 +1,6 @@
 """Keys of a configuration, asked for by their rule."""
 
+from itertools import pairwise
 from typing import Any
 
 from specforge.errors import ExportError
@@ -48,6 +49,6 @@ class Keys:
         value = self.values.get(key)
         if not isinstance(value, list) or not value or not all(isinstance(each, int) and not isinstance(each, bool) for each in value):
             raise self.wrong(key, f"must be a list of layer numbers: {why}")
-        if any(low >= high for low, high in zip(value, value[1:], strict=False)):
+        if any(low >= high for low, high in pairwise(value)):
             raise self.wrong(key, "must ascend: engines put captured layers beside each other from low to high")
         return tuple(value)

@@ -85,8 +85,7 @@ def chain_logits(served: Served, aux_NF: torch.Tensor, embedded_SNH: torch.Tenso
                 x_NX = torch.cat([w.norm(embedded_SNH[step], f"{layer}.input_layernorm.weight"), x_NX], -1)
             position_N = torch.arange(rows) + step
             q, k, v = (
-                w.heads(x_NX, f"{layer}.self_attn.{name}_proj", count)
-                for name, count in (("q", n.heads), ("k", n.groups), ("v", n.groups))
+                w.heads(x_NX, f"{layer}.self_attn.{name}_proj", count) for name, count in (("q", n.heads), ("k", n.groups), ("v", n.groups))
             )
             q, k = w.rotated(q, position_N), w.rotated(k, position_N)
             if step == 0:

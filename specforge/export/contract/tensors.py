@@ -128,7 +128,7 @@ def _check_type(folder: Path, name: str, tensor: torch.Tensor) -> None:
 def _check_vocabulary(folder: Path, d2t: torch.Tensor, t2d: torch.Tensor, network: Network) -> None:
     if len(d2t) > 1 and torch.equal(d2t, torch.arange(len(d2t))):
         raise ExportError(
-            f"{folder / FILE}: d2t is 0, 1, 2, ...; it must hold offsets, target id minus draft id, of which the whole vocabulary has zeros."
+            f"{folder / FILE}: d2t is 0, 1, 2, ...; it must hold offsets, target id minus draft id; for the whole vocabulary zeros."
         )
     kept = torch.arange(len(d2t)) + d2t
     if bool((kept < 0).any()) or bool((kept >= network.vocab).any()) or bool((kept.diff() <= 0).any()):
