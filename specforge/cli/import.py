@@ -1,5 +1,6 @@
 """`specforge import DIR --target TARGET --out RUN`: an EAGLE-3 or DFlash draft of others as a checkpoint of this program."""
 
+# ruff: noqa: N999
 import argparse
 from collections.abc import Sequence
 from pathlib import Path

@@ -109,7 +109,9 @@ def _captured(folder: Path, stored: dict[str, Any], num_layers: int) -> tuple[in
                 raise ExportError(f"{folder}/config.json: captured layers {files.shown(ids)} must be different and ascend.")
             found.add(tuple(each + added for each in ids))
     if len(found) > 1:
-        raise ExportError(f"{folder}/config.json: says that it reads hidden states {' and '.join(map(str, sorted(found)))}; ask its authors.")
+        raise ExportError(
+            f"{folder}/config.json: says that it reads hidden states {' and '.join(map(str, sorted(found)))}; ask its authors."
+        )
     if not found and num_layers < 7:
         raise ExportError(f"{folder}/config.json: does not say which layers it reads, and a target of {num_layers} layers has no default.")
     return found.pop() if found else (2, num_layers // 2, num_layers - 3)
@@ -163,7 +165,8 @@ def _dflash(
         raise ExportError(f"{folder}/config.json: rows of its blocks do not see each other; a DFlash draft here lets them.")
     if block.get("sample_from_anchor"):
         raise ExportError(f"{folder}/config.json: sample_from_anchor is true; the anchor's row of a DFlash draft here predicts nothing.")
-    if tables.config.vocab_size != (stored.get("draft_vocab_size") or tables.config.vocab_size) or "d2t" in tensors and tensors["d2t"].any():
+    own_map = "d2t" in tensors and bool(tensors["d2t"].any())
+    if own_map or (stored.get("draft_vocab_size") or tables.config.vocab_size) != tables.config.vocab_size:
         raise ExportError(f"{folder}/config.json: it has a vocabulary of its own; a DFlash draft here has its target's.")
     for name in ("d2t", "t2d"):
         tensors.pop(name, None)

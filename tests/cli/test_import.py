@@ -70,15 +70,14 @@ def test_an_imported_draft_is_trained_on_and_decoded_with(trained: Path, prepare
     assert main([*words, "--draft-tokens", "3"]) == 0
     assert main(["generate", "--target", str(folder / "target"), "--draft", str(tmp_path / "run" / "latest"), "--prompt", "the cat"]) == 0
     more = load_config(
-        folder / "c.yaml", [*settings, f"output_dir={tmp_path / 'more'}", "train.steps=1", f"model.draft_path={tmp_path / 'run' / 'latest'}"]
+        folder / "c.yaml",
+        [*settings, f"output_dir={tmp_path / 'more'}", "train.steps=1", f"model.draft_path={tmp_path / 'run' / 'latest'}"],
     )
     build_controller(more, World()).fit()
     assert main([*words, "--draft-tokens", "3"]) == 6, "the run folder holds one already"
 
 
-def test_what_is_refused(
-    trained: Path, prepared: tuple[Path, list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_is_refused(trained: Path, prepared: tuple[Path, list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
     assert main(["export", "--checkpoint", str(trained / "latest"), "--to", "hf", "--out", str(out)]) == 0
 
