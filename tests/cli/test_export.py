@@ -28,8 +28,7 @@ def test_the_card_has_the_measured_acceptance_and_the_commands(trained: Path, pr
     for to in ("sglang", "vllm", "speculators"):
         assert main(["export", "--checkpoint", str(trained / "best"), "--to", to, "--out", str(tmp_path / to)]) == 0
     card, record = (tmp_path / "sglang" / "README.md").read_text(), json.loads((tmp_path / "sglang" / "specforge.json").read_text())
-    if "eval/walk_acc_len" in best.metrics:
-        assert f"{best.metrics['eval/walk_acc_len']:.3f} tokens a round" in card
+    assert f"{best.metrics['eval/walk_acc_len']:.3f} tokens a round" in card
     assert record["metrics"]["eval/acc_len"] == best.metrics["eval/acc_len"] and record["checkpoint"]["step"] == best.step
     command = (
         f"python -m sglang.launch_server --model-path {target} --speculative-algorithm EAGLE3 --speculative-draft-model-path sglang "
