@@ -17,6 +17,8 @@ COMMANDS = {
     "produce": "make features for a training that reads them while it runs (features.source=shared)",
     "eval": "measure a checkpoint on held-out answers",
     "generate": "decode prompts with a draft and with the target alone, and compare",
+    "export": "write a draft as serving engines load it, or check such a folder",
+    "import": "read an EAGLE-3 or DFlash draft that was made elsewhere",
     "doctor": "say what this machine and a configuration lack for training",
     "bench": "speed and memory of a training step, as ratios within one run",
     "suite": "score a language model on an in-context-learning suite",

@@ -1,0 +1,1 @@
+"""Drafts as serving engines load them: written in their layouts, checked by a reader of its own, and read back."""
