@@ -47,6 +47,8 @@ def why_not(name: str, config: Any, target: TargetConfig, engine: str) -> str:
 
 
 def _for_all(config: Any, target: TargetConfig) -> str:
+    if config.experts:
+        return f"its feed-forwards are mixtures of {config.experts} experts, and engines know only dense ones in drafts"
     rope = config.rope_parameters
     kind = rope.get("rope_type", "default")
     if kind not in TYPES:

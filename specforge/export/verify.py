@@ -118,5 +118,5 @@ def _trained_block(trained: TrainedDraft, aux_NF: torch.Tensor, embedded_2H: tor
     windows = {FULL: 0, SLIDING: config.sliding_window}
     masks = {kind: BlockMask.of(documents, anchor, rows, windows[kind], aux_NF.device, aux_NF.dtype) for kind in set(config.layer_types)}
     blocks = Blocks(angles_P1C[: _TOKENS + 1], angles_P1C[_TOKENS:], masks, torch.arange(rows))
-    states: torch.Tensor = draft(F.pad(aux_NF, (0, 0, 0, 1)), embedded_2H, blocks)
-    return states
+    states_BH: torch.Tensor = draft(F.pad(aux_NF, (0, 0, 0, 1)), embedded_2H, blocks).hidden_NH
+    return states_BH

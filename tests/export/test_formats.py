@@ -78,6 +78,13 @@ def test_what_an_engine_cannot_serve_is_refused_with_the_reason(
         assert not (tmp_path / "out").exists() and not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("name", ["eagle3", "dflash"])
+def test_a_draft_of_experts_is_refused_in_every_format(name: str, saved: Saved, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for to in ("hf", "sglang", "vllm", "speculators"):
+        assert main(["export", "--checkpoint", str(saved(name, experts=4)), "--to", to, "--out", str(tmp_path / "out")]) == 6
+        assert "mixtures of 4 experts" in (error := capsys.readouterr().err) and "no other format helps" in error
+
+
 def test_shards_of_two_ranks_become_one_file(stores: Any, tmp_path: Path) -> None:
     """Without a process group, and equal to what one rank saved."""
     target, store = stores("llama3")

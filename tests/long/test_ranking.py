@@ -85,6 +85,7 @@ def test_a_run_reaches_the_oracle_and_needs_history_and_the_right_rows(world: tu
     print(json.dumps({"oracle": truth["oracle_auc"], "auc": auc, "alone": floor, "clamp": clamped, **numbers}))
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the compiler's own imports and traces
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
 def test_a_compiled_model_predicts_the_same(tmp_path: Path) -> None:
     """Batches of other shapes, without a scored row and of a single row among them."""
