@@ -5,6 +5,7 @@ from collections import defaultdict
 
 import pytest
 
+from specforge.bench.case import Case
 from specforge.bench.cases import load_case
 from specforge.bench.cases.ranking import LEVERS, chosen_levers
 from specforge.bench.log import PAGE, ExperimentLog, Row, page
@@ -13,6 +14,11 @@ from specforge.cli.benches import case as command
 from specforge.config.levers import Levers
 
 ROWS = ExperimentLog(command.DOCS).rows()
+
+
+def with_defaults(case: Case, row: Row) -> dict[str, str]:
+    """A row knows nothing of levers that its case did not have yet, and they were at their defaults."""
+    return {name: row.levers.get(name, lever.default) for name, lever in case.levers.items()}
 
 
 @pytest.mark.parametrize("asked", sorted({row.command for row in ROWS}))
@@ -24,7 +30,7 @@ def test_a_claim_can_be_measured_again(asked: str) -> None:
     [configuration] = command.asked_for(case, given)
     assert (program, verb) == ("specforge", "bench")
     for row in (row for row in ROWS if row.command == asked):
-        assert (configuration.levers, configuration.problem) == (row.levers, row.problem)
+        assert (configuration.levers, configuration.problem) == (with_defaults(case, row), row.problem)
         assert case.digest(configuration) == row.levers_hash
 
 
@@ -42,11 +48,11 @@ def compared(lever: str) -> list[tuple[Row, Row]]:
     for row in ROWS:
         if row.case == "ranking" and row.synchronised_ms is not None:
             runs[row.date, str(row.problem)].append(row)
-    defaults = {name: choice.default for name, choice in load_case("ranking").levers.items()}
-    found = []
+    case, found = load_case("ranking"), []
     for rows in runs.values():
-        ours = [row for row in rows if row.levers == defaults]
-        theirs = [row for row in rows if {name for name in defaults if row.levers[name] != defaults[name]} == {lever}]
+        changed = [{name for name, choice in with_defaults(case, row).items() if choice != case.levers[name].default} for row in rows]
+        ours = [row for row, names in zip(rows, changed, strict=True) if not names]
+        theirs = [row for row, names in zip(rows, changed, strict=True) if names == {lever}]
         found += [(one, other) for one in ours for other in theirs]
     return found
 
@@ -66,6 +72,8 @@ def test_the_case_has_the_defaults_and_the_reference_of_the_levers() -> None:
     default = case.checked({}, {})
     assert chosen_levers(default) == Levers()
     assert chosen_levers(case.at_reference(default)) == Levers.reference()
-    other = case.checked({"attn": "loop", "dtype": "bfloat16", "compile": "true", "filter_test_users": "false"}, {})
-    assert chosen_levers(other) == dataclasses.replace(Levers(), attn="loop", dtype="bfloat16", compile=True, filter_test_users=False)
+    words = {"attn": "loop", "dtype": "bfloat16", "keep_fp32_modules": "head", "compile": "true", "filter_test_users": "false"}
+    ours = Levers(attn="loop", dtype="bfloat16", keep_fp32_modules=("head",), compile=True, filter_test_users=False)
+    assert chosen_levers(case.checked(words, {})) == ours
+    assert chosen_levers(case.checked({"expert_merge": "true"}, {})) == Levers(expert_merge=True)
     assert set(LEVERS) < set(dataclasses.asdict(Levers()))

@@ -32,7 +32,9 @@ from specforge.ranking.store import UserStore, write_store
 from specforge.ranking.world import ClickWorld
 
 SHAPE = CTRConfig(SlotConfig(28, 16_384, 16, "modulo"), width=64, layers=2, heads=4, inner=128, experts=8, top_k=2)
-LEVERS = ("attn", "moe", "fuse_embedding", "filter_test_users", "dtype", "compile")
+LEVERS = ("attn", "moe", "fuse_embedding", "filter_test_users", "dtype", "keep_fp32_modules", "expert_merge", "compile")
+KEPT = ("none", "head", "*norm", "*moe")
+"""What may stay float32 in a smaller dtype."""
 SCORED_SHARE, SCORED_ROWS, WORLD_SEED = 0.13, 4, 53
 """Of 60 users of this seed 9 have scored rows, and 13 % of all rows."""
 TRAIN_USERS, LEARNING_RATE, TABLE_RATE = 48, 4e-3, 2e-2
@@ -90,15 +92,20 @@ class RankingCase(Case):
 def chosen_levers(configuration: Configuration) -> Levers:
     texts = {name: configuration.levers[name] for name in LEVERS}
     flags = {name: text == "true" for name, text in texts.items() if get_type_hints(Levers)[name] is bool}
-    return dataclasses.replace(Levers(), **{**texts, **flags})  # type: ignore[arg-type]
+    kept = tuple(word for word in (texts["keep_fp32_modules"],) if word != "none")
+    return dataclasses.replace(Levers(), **{**texts, **flags, "keep_fp32_modules": kept})  # type: ignore[arg-type]
 
 
 def _choices(name: str) -> tuple[str, ...]:
+    if name == "keep_fp32_modules":
+        return KEPT
     kind = get_type_hints(Levers)[name]
     return ("false", "true") if kind is bool else get_args(kind)
 
 
 def _word(value: Any) -> str:
+    if value == ():
+        return "none"
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
