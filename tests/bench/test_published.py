@@ -57,7 +57,7 @@ def compared(lever: str) -> list[tuple[Row, Row]]:
     return found
 
 
-@pytest.mark.parametrize("lever", ["attn", "moe", "fuse_embedding", "filter_test_users"])
+@pytest.mark.parametrize("lever", ["attn", "moe", "fuse_embedding", "filter_test_users", "compile"])
 def test_no_other_choice_is_faster_than_the_default(lever: str) -> None:
     """By more than a tenth, in their best rounds. Levers that change an answer are not chosen by their speed."""
     pairs = compared(lever)
