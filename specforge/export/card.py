@@ -14,7 +14,7 @@ def card(trained: TrainedDraft, format_name: str, record: dict[str, Any], name: 
     lines = [
         "---", "library_name: specforge", "tags: [speculative-decoding, draft-model]", f"base_model: {target}", "---", "",
         f"# {name}", "",
-        f"A {_NAMES[trained.name]} draft for `{target}`, from step {trained.step} of run `{trained.run_id}`, layout `{format_name}`.",
+        f"{_NAMES[trained.name]} draft for `{target}`, from step {trained.step} of run `{trained.run_id}`, layout `{format_name}`.",
         f"It reads the target's hidden states {record['hidden_state_ids']} (Hugging Face counting, 0 are the embeddings) and was "
         f"trained for {trained.method.draft_tokens} draft tokens.", "",
         "## Acceptance", "", *_acceptance(trained), "",
@@ -24,8 +24,8 @@ def card(trained: TrainedDraft, format_name: str, record: dict[str, Any], name: 
     if template is None:
         lines.append("Rows of token ids; no chat template is known.")
     else:
-        thinking = {True: "on", False: "off", None: "a switch that the template does not have"}[template.enable_thinking]
-        lines.append(f"Chat template of SHA-256 `{template.sha256}`, thinking {thinking}. Serve with the same: another costs acceptance.")
+        thinking = {True: "thinking on", False: "thinking off", None: "which knows no thinking switch"}[template.enable_thinking]
+        lines.append(f"Chat template of SHA-256 `{template.sha256}`, {thinking}. Serve with the same: another costs acceptance.")
     difference = record["verification"]["largest_difference"]
     lines += ["", f"A second reader's logits of this folder differ from the checkpoint's by {difference:.1e} of the largest.", ""]
     return "\n".join(lines)
