@@ -14,7 +14,7 @@ def card(trained: TrainedDraft, format_name: str, record: dict[str, Any], name: 
     lines = [
         "---", "library_name: specforge", "tags: [speculative-decoding, draft-model]", f"base_model: {target}", "---", "",
         f"# {name}", "",
-        f"A {_NAMES[trained.name]} draft for `{target}`, from step {trained.step} of run `{trained.run_id}`, layout `{format_name}`.",
+        f"{"An" if trained.name == "eagle3" else "A"} {_NAMES[trained.name]} draft for `{target}`, from step {trained.step} of run `{trained.run_id}`, layout `{format_name}`.",
         f"It reads the target's hidden states {record['hidden_state_ids']} (Hugging Face counting, 0 are the embeddings) and was "
         f"trained for {trained.method.draft_tokens} draft tokens.", "",
         "## Acceptance", "", *_acceptance(trained), "",
