@@ -6,7 +6,7 @@ from typing import Any
 from specforge.export.engines import ENGINES, why_not
 from specforge.export.trained import TrainedDraft
 
-_NAMES = {"eagle3": "EAGLE-3", "peagle": "P-EAGLE", "dflash": "DFlash", "domino": "Domino", "dspark": "DSpark"}
+_NAMES = {"eagle3": "An EAGLE-3", "peagle": "A P-EAGLE", "dflash": "A DFlash", "domino": "A Domino", "dspark": "A DSpark"}
 
 
 def card(trained: TrainedDraft, format_name: str, record: dict[str, Any], name: str) -> str:
@@ -14,7 +14,7 @@ def card(trained: TrainedDraft, format_name: str, record: dict[str, Any], name: 
     lines = [
         "---", "library_name: specforge", "tags: [speculative-decoding, draft-model]", f"base_model: {target}", "---", "",
         f"# {name}", "",
-        f"{"An" if trained.name == "eagle3" else "A"} {_NAMES[trained.name]} draft for `{target}`, from step {trained.step} of run `{trained.run_id}`, layout `{format_name}`.",
+        f"{_NAMES[trained.name]} draft for `{target}`, from step {trained.step} of run `{trained.run_id}`, layout `{format_name}`.",
         f"It reads the target's hidden states {record['hidden_state_ids']} (Hugging Face counting, 0 are the embeddings) and was "
         f"trained for {trained.method.draft_tokens} draft tokens.", "",
         "## Acceptance", "", *_acceptance(trained), "",
