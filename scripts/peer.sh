@@ -2,7 +2,7 @@
 # Make an environment in which a bench runs another project's program, and print its interpreter. What they need would not fit into
 # the environment of scripts/setup.sh.
 #
-#   scripts/peer.sh            speculators 0.9.0, for `specforge bench train-step --peer "$(scripts/peer.sh)"`
+#   scripts/peer.sh            speculators 0.9.0, for `specforge bench train-step --peer "$(scripts/peer.sh)"` and the tests of exports
 #   scripts/peer.sh lm-eval    lm-evaluation-harness 0.4.13, for `scripts/bench_suite.py --peer lm-eval`
 #
 #   SPECFORGE_PEER_VENV  folder of the environment; default: .venv-peer or .venv-lm-eval beside pyproject.toml
@@ -28,7 +28,8 @@ esac
 if ! [[ -e "$venv/.complete" ]]; then
     "${SPECFORGE_PYTHON:-python3.11}" -m venv "$venv"
     # shellcheck disable=SC2086  # words, not one word
-    "$venv/bin/python" -m pip install --quiet "${packages[@]}" "torch==2.13.0" ${SPECFORGE_PIP_ARGS:-} >&2
+    # Of what it brings little is ever imported: bytecode is made then.
+    "$venv/bin/python" -m pip install --quiet --no-compile "${packages[@]}" "torch==2.13.0" ${SPECFORGE_PIP_ARGS:-} >&2
     # Their builds for CUDA do not load beside a torch without it, and a text model needs neither.
     "$venv/bin/python" -m pip uninstall --quiet --yes torchvision torchaudio >&2
     touch "$venv/.complete"

@@ -6,7 +6,7 @@ from typing import Any
 from specforge.export.engines import ENGINES, why_not
 from specforge.export.trained import TrainedDraft
 
-_NAMES = {"eagle3": "EAGLE-3", "peagle": "P-EAGLE", "dflash": "DFlash", "domino": "Domino", "dspark": "DSpark"}
+_NAMES = {"eagle3": "An EAGLE-3", "peagle": "A P-EAGLE", "dflash": "A DFlash", "domino": "A Domino", "dspark": "A DSpark"}
 
 
 def card(trained: TrainedDraft, format_name: str, record: dict[str, Any], name: str) -> str:

@@ -37,8 +37,10 @@ def tensors_of(trained: TrainedDraft, format_name: str) -> dict[str, torch.Tenso
             tensors[f"layers.{number}.input_layernorm.weight"] = tensors[f"layers.{number}.hidden_norm.weight"]
     else:
         tensors = state
-    if format_name == "hf":
+    if format_name == "hf" or (format_name == "speculators" and trained.is_chain):
+        # speculators takes a block draft's tables from the target, and a chain draft's embedding from its own file alone.
         tensors["embed_tokens.weight"] = trained.embedding_VH
+    if format_name == "hf":
         tensors.setdefault("lm_head.weight", trained.head_XH)
     return {name: tensor.contiguous().clone() for name, tensor in tensors.items()}
 

@@ -25,16 +25,19 @@ ROPES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def sharpen(method: Any) -> Any:
+def sharpen(method: Any, spread: float = 0.3) -> Any:
     torch.manual_seed(7)
     for parameter in method.draft.parameters():
-        parameter.data.add_(torch.randn_like(parameter) * 0.3)
+        parameter.data.add_(torch.randn_like(parameter) * spread)
     return method
 
 
 def save(world: World, name: str, target_path: Path, folder: Path, run: Path, options: dict[str, Any]) -> None:
     """A checkpoint `r-step0` of a draft that was sharpened and not trained, written by all ranks of `world`."""
-    method = sharpen(make(name, target_path, LocalFeatureStore(folder), **options))
+    save_method(world, name, sharpen(make(name, target_path, LocalFeatureStore(folder), **options)), target_path, run)
+
+
+def save_method(world: World, name: str, method: Any, target_path: Path, run: Path) -> None:
     config, stored = method.config_dict(), asdict(method.options)
     backend = FSDPTrainingBackend(method, TrainConfig(), world)
     manager = CheckpointManager(run, world, keep=0)

@@ -129,6 +129,7 @@ BLOCK: dict[str, tuple[Change, str]] = {
 SPECULATORS: dict[str, tuple[Change, str]] = {
     "no layers": (config(lambda c: c.pop("transformer_layer_config")), r"transformer_layer_config is missing"),
     "no target": (config(lambda c: c["speculators_config"].pop("verifier")), r"verifier is missing"),
+    "no embedding": (tensors(lambda t: t.pop("embed_tokens.weight")), r"embed_tokens\.weight is missing; speculators would go on"),
     "no number of drafts": (
         config(lambda c: c["speculators_config"]["proposal_methods"][0].pop("speculative_tokens")), r"speculative_tokens is missing",
     ),

@@ -54,8 +54,10 @@ def test_all_layouts_are_one_network_with_the_trained_logits(name: str, options:
         first = first or served
         assert served.network == first.network and served.tensors.keys() == first.tensors.keys()
         assert all(torch.equal(tensor, first.tensors[key]) for key, tensor in served.tensors.items())
-        tables = {"embed_tokens.weight"} | ({"lm_head.weight"} if name in ("dflash", "domino", "dspark") else set())
-        assert set(served.tables) == (tables if to == "hf" else set())
+        chain = name in ("eagle3", "peagle")
+        tables = {"hf": {"embed_tokens.weight"} | (set() if chain else {"lm_head.weight"})}
+        tables["speculators"] = {"embed_tokens.weight"} if chain else set()
+        assert set(served.tables) == tables.get(to, set())
 
 
 @pytest.mark.parametrize(("name", "options"), DRAFTS, ids=str)

@@ -9,7 +9,7 @@ from specforge.errors import ExportError
 from specforge.export.contract.configs import read_config
 from specforge.export.contract.keys import Keys
 from specforge.export.contract.served import Network, Served
-from specforge.export.contract.tensors import read_tensors
+from specforge.export.contract.tensors import FILE, read_tensors
 
 RECORD = "specforge.json"
 MANIFEST = "manifest.json"
@@ -23,8 +23,13 @@ def read_folder(folder: Path) -> Served:
     """
     if not folder.is_dir():
         raise ExportError(f"{folder}: there is no such folder; give one that `specforge export` wrote.")
-    network = read_config(_object(folder / "config.json"), str(folder / "config.json"))
+    config = _object(folder / "config.json")
+    network = read_config(config, str(folder / "config.json"))
     served = Served(network, *read_tensors(folder, network))
+    if "speculators_model_type" in config and network.kind in ("eagle3", "peagle") and "embed_tokens.weight" not in served.tables:
+        raise ExportError(
+            f"{folder / FILE}: embed_tokens.weight is missing; speculators would go on with whatever its memory holds. Export again."
+        )
     if (folder / RECORD).exists():
         _compare(network, Keys(_object(folder / RECORD), str(folder / RECORD)))
     if (folder / MANIFEST).exists():
