@@ -6,7 +6,7 @@ from itertools import accumulate
 from typing import Any
 
 from specforge.report.chart import BOTTOM, TOP, Chart, around
-from specforge.report.markup import Markup
+from specforge.report.markup import Markup, element, join
 from specforge.report.panel import missing, panel
 from specforge.report.run import Run
 
@@ -53,14 +53,24 @@ def _survival(runs: Sequence[Run]) -> Markup:
         chart.line(_positions(starts), f"r{number} dotted", f"{run.name}, every start")
         chart.line(_positions(walk), f"r{number}", f"{run.name}, walk")
         chart.dots(_positions(walk), f"r{number}", radius=2.2)
-        chart.dots(_positions(live), f"r{number} ring", lambda point, name=run.name: f"{name}, live: draft {point[0]:g}, {point[1]:.3f}", 5.0)  # type: ignore[misc]
+        decoded = _positions(live)
+        chart.dots(decoded, f"r{number} ring", 5.0, [f"{run.name}, live: draft {k:g}, {share:.3f}" for k, share in decoded])
         said += [f"{run.name}: " + ", ".join(f"{value:.3f}" for value in walk or starts)]
-    unmeasured = [run.name for run, (_, live, _) in zip(runs, curves, strict=True) if not live]
+    meaning = join(
+        "How far a round gets. Walk and live both count rounds. ",
+        *(_of_live(run) for run in runs),
+    )
     key = "solid: the walk · rings: live decoding · dotted: every start counted alike"
-    meaning = "How far a round gets. Walk and live count rounds, so they agree where decoding repeats the stored answers."
-    if unmeasured:
-        meaning += f" Live decoding of {', '.join(unmeasured)} was not measured; measure it with `{LIVE}`."
     return panel(title, chart.svg("; ".join(said)), meaning, key)
+
+
+def _of_live(run: Run) -> Markup:
+    """Live decoding beside the walk of the very samples that it decoded."""
+    decoded, predicted = run.number("eval/live/tokens_per_round"), run.number("eval/live/predicted_tokens_per_round")
+    if decoded is None:
+        return join(f"Live decoding of {run.name} was never measured; measure it with ", element("code", LIVE), ". ")
+    of_same = "" if predicted is None else f", the walk of the same samples {predicted:.3f}"
+    return join(f"{run.name} decoded {run.numbers.get('eval/live/samples')} samples live: {decoded:.3f} tokens per round{of_same}. ")
 
 
 def _histogram(runs: Sequence[Run]) -> Markup:
@@ -85,7 +95,12 @@ def _histogram(runs: Sequence[Run]) -> Markup:
                     chart.stroke((left, place[k]), (left + width * 0.92, place[k]), kind, tip)
         said.append(f"{run.name}: " + ", ".join(f"{value:.1%}" for value in values))
     key = "bars: the walk · coloured lines: live decoding · grey lines: n-gram"
-    return panel(title, chart.svg("; ".join(said)), "Rounds at 0 bring one token, the target's own; rounds at the right end want a longer chain.", key)
+    return panel(
+        title,
+        chart.svg("; ".join(said)),
+        "Rounds at 0 bring one token, the target's own; rounds at the right end want a longer chain.",
+        key,
+    )
 
 
 def _shares(counts: Sequence[float]) -> list[float]:
@@ -120,9 +135,13 @@ def _domains(runs: Sequence[Run]) -> Markup:
                 x, centre = chart.at((ngram, level))
                 chart.mark(x, centre, f"ngram n{number}", f"n-gram on {domain}: {ngram:.3f}")
             if walk is not None:
-                chart.dots([(walk, level)], f"r{number}", lambda point, said=f"{run.name} on {domain}": f"{said}: {point[0]:.3f}", 4.0)  # type: ignore[misc]
+                chart.dots([(walk, level)], f"r{number}", 4.0, [f"{run.name} on {domain}: {walk:.3f}"])
                 said.append(f"{run.name} on {domain}: {walk:.3f}")
-    return panel(title, chart.svg("; ".join(said)), "Dots are drafts, grey marks the n-gram drafter on the same answers; a dot left of its mark loses to it.")
+    return panel(
+        title,
+        chart.svg("; ".join(said)),
+        "Dots are drafts, grey marks the n-gram drafter on the same answers; a dot left of its mark loses to it.",
+    )
 
 
 def _lengths(runs: Sequence[Run]) -> Markup:
@@ -137,9 +156,11 @@ def _lengths(runs: Sequence[Run]) -> Markup:
     for number, (run, curve, decoded) in enumerate(zip(runs, curves, live, strict=True)):
         chart.line(curve, f"r{number}", run.name)
         chart.dots(curve, f"r{number}", radius=2.2)
-        chart.dots(decoded, f"r{number} ring", lambda point, name=run.name: f"{name}, live: {point[1]:.3f}", 5.0)  # type: ignore[misc]
+        chart.dots(decoded, f"r{number} ring", 5.0, [f"{run.name}, live: {length:.3f}" for _, length in decoded])
     trees = [f"{run.name}, tree {shape}: {length:.3f}" for run in runs for shape, length in _trees(run)]
-    meaning = "What a shorter chain would bring; draft no further than where the line turns flat. A ring is what live decoding showed on its samples."
+    meaning = (
+        "What a shorter chain would bring; draft no further than where the line turns flat. A ring is live decoding, on its own samples."
+    )
     return panel(title, chart.svg("; ".join(run.name for run in runs)), meaning, " · ".join(trees))
 
 
@@ -151,4 +172,3 @@ def _live(run: Run, drafts: int) -> list[tuple[float, float]]:
 def _trees(run: Run) -> list[tuple[str, float]]:
     trees: Any = run.numbers.get("eval/trees", {})
     return [(str(shape), float(length)) for shape, length in trees.items()] if isinstance(trees, dict) else []
-

@@ -5,7 +5,7 @@ All coordinates are units of a view box of 360 by 236, which a phone shows at fu
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from specforge.report.markup import Markup, element, join
@@ -68,11 +68,11 @@ class Chart:
             path = "M" + "L".join(f"{x:.1f},{y:.1f}" for x, y in map(self.at, [*lows, *reversed(highs)])) + "Z"
             self._parts.append(element("path", d=path, class_=f"band {classes}"))
 
-    def dots(self, points: Sequence[Point], classes: str, tip: Callable[[Point], str] | None = None, radius: float = 3.0) -> None:
-        for point in points:
+    def dots(self, points: Sequence[Point], classes: str, radius: float = 3.0, tips: Sequence[str] = ()) -> None:
+        for number, point in enumerate(points):
             x, y = self.at(point)
-            said = tip(point) if tip else None
-            self._parts.append(element("circle", cx=x, cy=y, r=radius, class_=f"dot {classes}", data_tip=said))
+            tip = tips[number] if tips else None
+            self._parts.append(element("circle", cx=x, cy=y, r=radius, class_=f"dot {classes}", data_tip=tip))
 
     def stroke(self, begin: Point, end: Point, classes: str, tip: str | None = None) -> None:
         (x1, y1), (x2, y2) = self.at(begin), self.at(end)
@@ -103,8 +103,8 @@ class Chart:
 
     def _frame(self) -> Markup:
         left, bottom = self.at((self.x[0], self.y[0]))
-        right, top = self.at((self.x[1], self.y[1]))
-        drawn = []
+        right, _ = self.at((self.x[1], self.y[1]))
+        drawn: list[Markup | None] = []
         for value in ticks(*self.y) if self.y_label else ():
             _, y = self.at((self.x[0], value))
             drawn.append(element("line", x1=left, y1=y, x2=right, y2=y, class_="grid"))

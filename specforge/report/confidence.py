@@ -66,7 +66,7 @@ def _groups(run: Run, version: str) -> list[tuple[float, float, float]]:
 
 def _numbers(runs: Sequence[Run], version: str) -> Markup:
     """A row a run for the survival, and one a position for the drafts."""
-    rows, classes = [], []
+    rows, classes = list[list[str]](), list[str]()
     for number, run in enumerate(runs):
         of_survival = [run.number(f"eval/calibration/{version}/{metric}") for metric in METRICS]
         of_draft = [run.values(f"eval/calibration/{version}/per_position_{metric}") for metric in METRICS]

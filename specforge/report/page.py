@@ -10,7 +10,7 @@ from pathlib import Path
 from specforge import __version__
 from specforge.report.acceptance import acceptance_panels
 from specforge.report.confidence import confidence_panels
-from specforge.report.markup import Markup, element, join
+from specforge.report.markup import Markup, element
 from specforge.report.panel import table
 from specforge.report.provenance import provenance_panels
 from specforge.report.run import Run
@@ -54,7 +54,9 @@ def page(runs: Sequence[Run]) -> str:
         element("header", element("h1", "What the draft is worth"), element("p", _lead(runs), class_="lead")),
         _bar(runs, [(name, title) for name, title, _ in sections]),
         element("main", _summary(runs), *(_section(*section) for section in sections)),
-        element("footer", f"specforge {__version__}, {time.strftime('%Y-%m-%d %H:%M', time.gmtime())} UTC. Made from files of the runs alone."),
+        element(
+            "footer", f"specforge {__version__}, {time.strftime('%Y-%m-%d %H:%M', time.gmtime())} UTC. Made from files of the runs alone."
+        ),
         element("div", class_="tip", hidden=True, role="status"),
         element("script", script),
     )
@@ -87,7 +89,15 @@ def _sentence(run: Run) -> str:
 def _bar(runs: Sequence[Run], sections: Sequence[tuple[str, str]]) -> Markup:
     """Always in sight: which runs are shown, and the way to each section."""
     toggles = [
-        element("button", element("i", aria_hidden="true"), run.name, type="button", class_=f"r{number}", aria_pressed="true", data_run=f"r{number}")
+        element(
+            "button",
+            element("i", aria_hidden="true"),
+            run.name,
+            type="button",
+            class_=f"r{number}",
+            aria_pressed="true",
+            data_run=f"r{number}",
+        )
         for number, run in enumerate(runs)
     ]
     links = [element("a", title, href=f"#{name}") for name, title in sections]
@@ -120,7 +130,7 @@ def _summary(runs: Sequence[Run]) -> Markup:
         ]
         for run in runs
     ]
-    meaning = "Numbers of the best checkpoint on held-out answers; walk, n-gram and live are tokens per round with the bonus token, tokens/s the median."
+    meaning = "Numbers of the best checkpoint on held-out answers; walk, n-gram and live: tokens per round, bonus token counted; tokens/s: median."
     content = table(head, rows, [f"r{number}" for number in range(len(runs))], "Summary")
     return element("figure", content, element("figcaption", meaning), class_="summary")
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from specforge.report.markup import Child, Markup, element, join
 
 
-def panel(title: str, content: Markup, meaning: str, key: str = "") -> Markup:
+def panel(title: str, content: Markup, meaning: Child, key: str = "") -> Markup:
     return element(
         "figure", element("h3", title), content, element("p", key, class_="key") if key else None, element("figcaption", meaning),
     )  # fmt: skip
@@ -24,7 +24,9 @@ def table(head: Sequence[str], rows: Sequence[Sequence[Child]], row_classes: Seq
         element("tr", element("th", row[0], scope="row"), *(element("td", cell) for cell in row[1:]), class_=classes or None)
         for row, classes in zip(rows, row_classes or [""] * len(rows), strict=True)
     ]
-    inner = element("table", element("thead", element("tr", *(element("th", word, scope="col") for word in head))), element("tbody", *cells))
+    inner = element(
+        "table", element("thead", element("tr", *(element("th", word, scope="col") for word in head))), element("tbody", *cells)
+    )
     return element("div", inner, class_="scroll", tabindex="0", role="region", aria_label=label or head[0])
 
 

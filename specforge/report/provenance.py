@@ -66,7 +66,9 @@ def flattened(settings: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 
 def _run(run: Run, number: int) -> Markup:
     events = [
-        element("li", f"{event['event']}: " + ", ".join(f"{name} {value}" for name, value in event.items() if name not in ("event", "time")))
+        element(
+            "li", f"{event['event']}: " + ", ".join(f"{name} {value}" for name, value in event.items() if name not in ("event", "time"))
+        )
         for event in run.events
     ]
     settings = "\n".join(f"{key}={value}" for key, value in flattened(run.config).items())

@@ -111,7 +111,9 @@ class Run:
 
     @property
     def domains(self) -> list[str]:
-        return sorted({name.split("/")[1] for name in self.numbers if name.count("/") == 2 and name.endswith("/acc_len")})
+        before, after = "eval/", "/acc_len"
+        named = [name for name in self.numbers if name.startswith(before) and name.endswith(after)]
+        return sorted({name[len(before) : -len(after)] for name in named} - {""})
 
     def _number(self, value: object, name: str) -> float:
         if isinstance(value, bool) or not isinstance(value, int | float):
@@ -131,5 +133,7 @@ def _config(folder: Path) -> dict[str, Any]:
         return {}
     config = load_task(paths[-1])
     if isinstance(config, RankingConfig):
-        raise CheckpointError(f"RUN={str(folder)!r}: is a ranking run; `specforge report` shows drafts, so give the folder of a draft's run.")
+        raise CheckpointError(
+            f"RUN={str(folder)!r}: is a ranking run; `specforge report` shows drafts, so give the folder of a draft's run."
+        )
     return to_dict(config)

@@ -24,7 +24,10 @@ def text_panels(runs: Sequence[Run]) -> list[Markup]:
     )
     return [
         element(
-            "figure", element("figcaption", meaning), tabs("texts", [(run.name, _answers(run, number)) for number, run in told]), class_="texts"
+            "figure",
+            element("figcaption", meaning),
+            tabs("texts", [(run.name, _answers(run, number)) for number, run in told]),
+            class_="texts",
         )
     ]
 
@@ -36,7 +39,11 @@ def _answers(run: Run, number: int) -> Markup:
 
 def _answer(text: Any, number: int, where: str) -> Markup:
     files.check_fields(text, where, CheckpointError, **_FIELDS)
-    tokens, accepted, rounds = [element("span", text["first"], class_="own", data_tip="the first token is the target's, before any round")], 0, 0
+    tokens, accepted, rounds = (
+        [element("span", text["first"], class_="own", data_tip="the target's, before any round")],
+        0,
+        0,
+    )
     for each in text["rounds"]:
         files.check_fields(each, f"{where}, a round", CheckpointError, **_ROUND)
         drafted = [str(piece) for piece in each["accepted"]]

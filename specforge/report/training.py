@@ -1,8 +1,8 @@
 """Panels of what `metrics.jsonl` says: loss, acceptance, speed and memory over the steps."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
-from specforge.report.chart import Chart, Point, around
+from specforge.report.chart import Chart, around
 from specforge.report.markup import Markup
 from specforge.report.panel import missing, panel
 from specforge.report.run import Points, Run
@@ -63,11 +63,11 @@ def _curve(
     scale: float = 1.0,
 ) -> Markup:
     """One line a run and number. `names` are (number, place in its list, style, word)."""
-    series = [
-        (number, style, f"{run.name}, {word}" if len(names) > 1 else run.name, [(step, y * scale) for step, y in thinned(run.points(*name))])
-        for number, run in enumerate(runs)
-        for *name, style, word in names
-    ]
+    series = []
+    for number, run in enumerate(runs):
+        for name, position, style, word in names:
+            points = [(step, y * scale) for step, y in thinned(run.points(name, position))]
+            series.append((number, style, f"{run.name}, {word}" if len(names) > 1 else run.name, points))
     values = [y for *_, points in series for _, y in points]
     if not values:
         return missing(title, f"{names[0][0]} was not logged.", "torchrun --nproc-per-node=1 -m specforge train RUN/config.yaml")
@@ -97,7 +97,9 @@ def _walk(runs: Sequence[Run]) -> Markup:
         chart.line(points, f"r{number}", run.name)
         chart.dots(points, f"r{number}", radius=2.2)
         if run.best:
-            chart.dots([point for point in points if point[0] == run.best.step], f"r{number} ring", _tip(run.name), 5.0)
+            best = [point for point in points if point[0] == run.best.step]
+            tips = [f"{run.name}, best: step {step}, {value:.3f}" for step, value in best]
+            chart.dots(best, f"r{number} ring", 5.0, tips)
     said = [f"{run.name} ends at {points[-1][1]:.3f}" for run, (points, _, _) in zip(runs, curves, strict=True) if points]
     meaning = (
         "What a greedy chain decoder commits a round on held-out answers; bands are 95 % intervals, the ring is the best checkpoint. "
@@ -106,18 +108,13 @@ def _walk(runs: Sequence[Run]) -> Markup:
     return panel(title, chart.svg("; ".join(said)), meaning)
 
 
-def _tip(name: str) -> Callable[[Point], str]:
-    return lambda point: f"{name}, best: step {point[0]:g}, {point[1]:.3f}"
-
-
 def _baseline(chart: Chart, run: Run, number: int, points: Points, name: str, seen: Sequence[float]) -> None:
     """The n-gram drafter learns nothing, so its number is one level; runs on the same rows share it."""
     if not points or points[0][1] in seen:
         return
     lows, highs = run.points(name + "_low")[-1:], run.points(name + "_high")[-1:]
-    for bounds in zip(lows, highs, strict=False):
-        level = [[(x, bound[1]) for x in chart.x] for bound in bounds]
-        chart.band(*level, f"ngram n{number}")
+    for low, high in zip(lows, highs, strict=False):
+        chart.band([(x, low[1]) for x in chart.x], [(x, high[1]) for x in chart.x], f"ngram n{number}")
     chart.line([(x, points[0][1]) for x in chart.x], f"ngram dashed n{number}", "n-gram")
 
 
