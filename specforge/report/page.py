@@ -130,7 +130,7 @@ def _summary(runs: Sequence[Run]) -> Markup:
         ]
         for run in runs
     ]
-    meaning = "Numbers of the best checkpoint on held-out answers; walk, n-gram and live: tokens per round, bonus token counted; tokens/s: median."
+    meaning = "The best checkpoint on held-out answers. Walk, n-gram, live: tokens per round, bonus token counted; tokens/s: median."
     content = table(head, rows, [f"r{number}" for number in range(len(runs))], "Summary")
     return element("figure", content, element("figcaption", meaning), class_="summary")
 

@@ -19,8 +19,8 @@ def text_panels(runs: Sequence[Run]) -> list[Markup]:
     if not told:
         return [missing("Answers", "No evaluation was kept.", EVALUATE)]
     meaning = (
-        "Held-out answers as a greedy chain decoder says them: coloured tokens were drafted and accepted, plain ones are the target's own, a "
-        "thin line begins a round. Point at an own token to see what the draft had said in its place."
+        "Held-out answers as a greedy chain decoder says them: coloured tokens were drafted and accepted, plain ones are the target's own, "
+        "a thin line begins a round. Point at a plain token to see what the draft had said in its place."
     )
     return [
         element(

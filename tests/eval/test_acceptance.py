@@ -91,7 +91,7 @@ def test_walk_equals_a_decoder_on_random_drafts() -> None:
 
 
 def test_an_answer_round_by_round() -> None:
-    """Tokens 2..7; at 2 both drafts are right, so the next round is at 5, whose first one is wrong; at 6 the text ends before the second."""
+    """Tokens 2..7; at 2 both drafts are right, so the next round is at 5, whose first is wrong; at 6 the text ends before the second."""
     ids = np.array([9, 9, 10, 11, 12, 13, 14, 15])
     proposals = np.full((8, 2), -1)
     proposals[2], proposals[5], proposals[6] = (11, 12), (7, 15), (15, 8)

@@ -69,7 +69,8 @@ def write_run(
         if step:
             lines.append({
                 "step": 10 * step, "train/loss": 4.0 / step, "train/accuracy": [0.25 * step / len(walks), 0.125],
-                "perf/tokens_per_s": 1000.0 + step, "perf/peak_memory_mib": 2048.0 + step, "perf/step_time_s": 0.5, "perf/data_wait_s": 0.125,
+                "perf/tokens_per_s": 1000.0 + step, "perf/peak_memory_mib": 2048.0 + step, "perf/step_time_s": 0.5,
+                "perf/data_wait_s": 0.125,
             })  # fmt: skip
         lines.append({"step": 10 * step, **evaluation(walk, domain)})
     lines.append({"event": "resume", "checkpoint": f"{run_id}-step10", "step": 10 * (len(walks) - 1)})
