@@ -31,7 +31,7 @@ def speed_panels(runs: Sequence[Run]) -> list[Markup]:
     return [
         _curve(
             runs, "Throughput", "tokens a second", [("perf/tokens_per_s", None, "", "all ranks")],
-            "Tokens of all ranks together, evaluation and saving not counted; dips are other work on the machine.", digits=0,
+            "Tokens of all ranks together; evaluations are not counted, saving is.", digits=0,
         ),
         _curve(
             runs, "Time of a step", "seconds",
@@ -40,7 +40,7 @@ def speed_panels(runs: Sequence[Run]) -> list[Markup]:
         ),
         _curve(
             runs, "Peak memory", "GiB", [("perf/peak_memory_mib", None, "", "rank 0")],
-            "The most that rank 0 held so far: on a GPU allocated tensors, on a CPU the whole process.", scale=2.0**-10,
+            "The most that rank 0 held so far: on a GPU allocated tensors, on a CPU the whole process. A resume begins anew.", scale=2.0**-10,
         ),
     ]  # fmt: skip
 
