@@ -19,6 +19,7 @@ COMMANDS = {
     "generate": "decode prompts with a draft and with the target alone, and compare",
     "export": "write a draft as serving engines load it, or check such a folder",
     "import": "read an EAGLE-3 or DFlash draft that was made elsewhere",
+    "report": "what runs measured, as one HTML file",
     "doctor": "say what this machine and a configuration lack for training",
     "bench": "speed and memory of a training step, as ratios within one run",
     "suite": "score a language model on an in-context-learning suite",

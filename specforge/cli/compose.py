@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from specforge.cli.continuing import continued, horizon, refuse_other_settings, settings_of, starting_point, write_config
+from specforge.cli.evaluation import TEXTS_OF_DOMAIN, record_of
 from specforge.cli.inputs import LazyTarget, Paths, eval_store, feature_meta, prepare_features, read_tables
 from specforge.config import RunConfig, to_dict
 from specforge.config.methods import registered
@@ -20,6 +21,7 @@ from specforge.distributed import World, randomness
 from specforge.errors import CheckpointError, ConfigError
 from specforge.eval.evaluator import Evaluator, why_no_walk
 from specforge.eval.live import decode_answers, live_numbers
+from specforge.eval.record import EvaluationRecord
 from specforge.eval.simulate import simulate
 from specforge.features.loader import FeatureDataLoader
 from specforge.features.store import LocalFeatureStore
@@ -125,6 +127,8 @@ def evaluate_checkpoint(
 ) -> dict[str, Any]:
     """`eval/*` numbers of a checkpoint; the target is loaded only if its features are not in the cache.
 
+    The run's folder keeps them in `evaluations/`, where it can be written.
+
     Args:
         calibrate: store the scalings of the draft's confidence in its folder.
         live: decode the answers of so many samples too, greedily, and set the walk over the same samples beside it.
@@ -143,15 +147,25 @@ def evaluate_checkpoint(
     CheckpointManager(Paths.of(config).run, world, config.checkpoint.keep).load_draft(checkpoint, backend)
     evaluator = build_evaluator(config, store, method.draft_tokens, world)
     with backend.whole():
-        numbers, calibrations = evaluator.calibrate(method, backend)
+        calibrated = evaluator.calibrate(method, backend, walked_of_domain=TEXTS_OF_DOMAIN)
+        numbers = calibrated.numbers
         if live:
             numbers |= _live(config, method, backend, store, target(), min(live, len(store)), world)
         numbers |= _simulated(config, method, trees, store, world)
     if calibrate:
-        world.on_main(lambda: write_calibrations(checkpoint.path / "draft", calibrations))
+        world.on_main(lambda: write_calibrations(checkpoint.path / "draft", calibrated.scalings))
+    world.on_main(lambda: _keep(record_of(config, checkpoint, store, calibrated, numbers, world), checkpoint))
     if world.is_main and (reason := why_no_walk(numbers)):
         print(reason, file=sys.stderr)
     return {**numbers, "target_loads": Target.loads, "target_forwards": Target.forwards, "cache_s": round(cache_s, 3)}
+
+
+def _keep(record: EvaluationRecord, checkpoint: Checkpoint) -> None:
+    """Somebody else's checkpoint can be measured too; then the numbers are printed and not kept."""
+    try:
+        record.write(checkpoint.path.parent)
+    except CheckpointError as error:
+        print(f"this evaluation is not kept for `specforge report`: {error}", file=sys.stderr)
 
 
 def _live(

@@ -53,11 +53,16 @@ class Columns:
     @property
     def walk_rounds(self) -> slice:
         """Of chains of 1, 2, ... K drafts."""
-        return slice(3 * self.draft_tokens + 4, self.width)
+        return slice(3 * self.draft_tokens + 4, 4 * self.draft_tokens + 4)
+
+    @property
+    def walk_histogram(self) -> slice:
+        """Rounds of the whole chain that accept 0, 1, ... K drafts."""
+        return slice(4 * self.draft_tokens + 4, self.width)
 
     @property
     def width(self) -> int:
-        return 4 * self.draft_tokens + 4
+        return 5 * self.draft_tokens + 5
 
 
 def answers(loss_mask_S: np.ndarray) -> list[tuple[int, int]]:
@@ -93,17 +98,20 @@ def count_sample(ids_S: np.ndarray, loss_mask_S: np.ndarray, argmax_S: np.ndarra
         counts[columns.starts] += last - first
         accepted_S = np.logical_and.accumulate(compare(proposals_SK, ids_S, first, last)[1], axis=1).sum(1)
         counts[columns.walk_tokens] += last - first  # every token but the first, which is the prefill's, comes in a round
-        counts[columns.walk_rounds] += [_rounds(np.minimum(accepted_S, length)) for length in range(1, columns.draft_tokens + 1)]
+        rounds = [walk_starts(np.minimum(accepted_S, length)) for length in range(1, columns.draft_tokens + 1)]
+        counts[columns.walk_rounds] += [len(starts) for starts in rounds]
+        counts[columns.walk_histogram] += np.bincount(accepted_S[rounds[-1]], minlength=columns.draft_tokens + 1)
     return counts
 
 
-def _rounds(accepted_S: np.ndarray) -> int:
-    """Rounds from the first start to behind the last one, when each goes on behind its accepted drafts and one more token."""
+def walk_starts(accepted_S: np.ndarray) -> list[int]:
+    """Where rounds begin, from the first start to the last one, when each goes on behind its accepted drafts and one more token."""
     after = (np.arange(1, len(accepted_S) + 1) + accepted_S).tolist()
-    rounds, at = 0, 0
+    starts, at = list[int](), 0
     while at < len(after):
-        rounds, at = rounds + 1, after[at]
-    return rounds
+        starts.append(at)
+        at = after[at]
+    return starts
 
 
 def walks(counts: np.ndarray, columns: Columns) -> np.ndarray:
@@ -138,4 +146,5 @@ def acceptance(counts: np.ndarray, columns: Columns) -> dict[str, Any]:
     if numbers["greedy_match"] >= GREEDY_MATCH_MINIMUM and counts[columns.walk_tokens] > 0:
         numbers["walk_acc_len"] = float(walk(counts, columns))
         numbers["walk_acc_len_by_draft_tokens"] = walks(counts, columns).tolist()
+        numbers["walk_histogram"] = counts[columns.walk_histogram].astype(int).tolist()
     return numbers

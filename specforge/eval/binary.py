@@ -3,7 +3,7 @@
 Everything is formed from sums in 4,096 bins, equally wide in logit(p), so neither batches, ranks nor their order matter.
 ECE = sum_b |sum_b p - sum_b right| / n over 15 groups of neighbouring bins with about equally many events.
 
-Shapes: X events, B bins.
+Shapes: X events, B bins, G groups.
 """
 
 import torch
@@ -41,12 +41,17 @@ def pcoc(sums_B4: torch.Tensor) -> torch.Tensor:
 
 
 def expected_calibration_error(sums_B4: torch.Tensor) -> torch.Tensor:
+    groups_G3 = reliability(sums_B4)
+    return (groups_G3[..., 2] - groups_G3[..., 1]).abs().sum(-1) / sums_B4[..., 0].sum(-1)
+
+
+def reliability(sums_B4: torch.Tensor) -> torch.Tensor:
+    """Of each of the groups of the ECE: events, right ones, sum of probabilities. [..., B, 4] -> [..., G, 3]."""
     count = sums_B4[..., 0]
-    total = count.sum(-1)
     middle = count.cumsum(-1) - count / 2
-    group = (middle * ECE_GROUPS / total.clamp_min(1)[..., None]).long().clamp_max(ECE_GROUPS - 1)
-    gap = sums_B4[..., 2] - sums_B4[..., 1]
-    return gap.new_zeros(*total.shape, ECE_GROUPS).scatter_add(-1, group, gap).abs().sum(-1) / total
+    group = (middle * ECE_GROUPS / count.sum(-1).clamp_min(1)[..., None]).long().clamp_max(ECE_GROUPS - 1)
+    zeros = sums_B4.new_zeros(*count.shape[:-1], ECE_GROUPS, 3)
+    return zeros.scatter_add(-2, group[..., None].expand(*group.shape, 3), sums_B4[..., :3])
 
 
 def brier(sums_B4: torch.Tensor) -> torch.Tensor:

@@ -21,7 +21,7 @@ import torch
 
 from specforge.distributed import World
 from specforge.eval.acceptance import answers, compare
-from specforge.eval.binary import auc, brier, expected_calibration_error, histogram, logit_of_bins, pcoc
+from specforge.eval.binary import auc, brier, expected_calibration_error, histogram, logit_of_bins, pcoc, reliability
 from specforge.models.calibration import EPSILON, Calibration
 
 _SMALLEST_SCALE = 1e-2
@@ -91,6 +91,12 @@ def measure(versions: Mapping[str, Chains], world: World) -> dict[str, Any]:
         for version, values in zip(versions, value_XK.tolist(), strict=True):
             numbers |= {f"{version}/{name}": values[-1], f"{version}/per_position_{name}": values[:-1]}
     return numbers
+
+
+def groups(versions: Mapping[str, Chains], world: World) -> dict[str, list[list[list[float]]]]:
+    """What a reliability diagram shows of each version: [K + 1][groups][events, right ones, sum of probabilities], the survival last."""
+    sums = world.sum_(torch.stack([chains.sums() for chains in versions.values()]))
+    return dict(zip(versions, reliability(sums).tolist(), strict=True))
 
 
 def fit(chains: Chains, world: World) -> dict[str, Calibration]:

@@ -4,8 +4,8 @@ Each sample is read by exactly one rank. Sums stay on the device until the loop 
 ranks in one reduction. Nothing random happens, so an evaluation neither disturbs nor depends on training.
 """
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Collection
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,11 +15,23 @@ from specforge.decode.ngram import proposals as ngram_proposals
 from specforge.distributed import World
 from specforge.eval.acceptance import GREEDY_MATCH_MINIMUM, Columns, acceptance, count_sample, walk
 from specforge.eval.bootstrap import interval, poisson_weights
-from specforge.eval.calibration import Chains, fit, is_for_fit, measure
+from specforge.eval.calibration import Chains, fit, groups, is_for_fit, measure
+from specforge.eval.walked import Walked, walked_answers
 from specforge.features.batch import DraftBatch
 from specforge.features.store import LocalFeatureStore
 from specforge.methods.base import Method, StepOutput
 from specforge.models.calibration import Calibration
+
+
+class Calibrated(NamedTuple):
+    """An evaluation with all that it can say of a draft's confidence."""
+
+    numbers: dict[str, Any]
+    scalings: dict[str, Calibration]
+    groups: dict[str, list[list[list[float]]]]
+    """Reliability of each version of the confidence; see `calibration.groups`."""
+    walked: list[Walked]
+    """The rounds of the answers of a few samples, in the order of the samples."""
 
 
 class Evaluator:
@@ -62,19 +74,33 @@ class Evaluator:
         Args:
             forward: how to call the method (a backend, say); the method itself if None.
         """
-        numbers, chains = self._pass(method, forward or method)
+        numbers, chains, _ = self._pass(method, forward or method)
         return numbers | _named(measure({"raw": self._half(chains, for_fit=False)}, self._world))
 
-    def calibrate(self, method: Method, forward: Callable[..., StepOutput] | None = None) -> tuple[dict[str, Any], dict[str, Calibration]]:
-        """What `evaluate` gives, the same numbers of scaled confidences, and the scalings. The samples that fit are not measured."""
-        numbers, chains = self._pass(method, forward or method)
+    def calibrate(self, method: Method, forward: Callable[..., StepOutput] | None = None, walked_of_domain: int = 0) -> Calibrated:
+        """What `evaluate` gives, the same numbers of scaled confidences, and the scalings. The samples that fit are not measured.
+
+        Args:
+            walked_of_domain: of so many samples of each domain, the first ones, the rounds are told one by one.
+        """
+        numbers, chains, walked = self._pass(method, forward or method, self._first_of_domains(walked_of_domain))
         scalings = fit(self._half(chains, for_fit=True), self._world)
         measured = self._half(chains, for_fit=False)
         versions = {"raw": measured, **{name: measured.scaled(calibration) for name, calibration in scalings.items()}}
-        return numbers | _named(measure(versions, self._world)), scalings
+        of_ranks = self._world.gather_objects([answer.as_dict() for answer in walked])
+        told = sorted((Walked(**answer) for answers in of_ranks for answer in answers), key=lambda answer: (answer.sample, answer.first))
+        return Calibrated(numbers | _named(measure(versions, self._world)), scalings, groups(versions, self._world), told)
 
-    def _pass(self, method: Method, forward: Callable[..., StepOutput]) -> tuple[dict[str, Any], dict[int, Chains]]:
-        """The numbers of what was proposed, and this rank's chains by sample."""
+    def _first_of_domains(self, count: int) -> set[int]:
+        of_domain: dict[str, list[int]] = {}
+        for sample in range(self._samples):
+            of_domain.setdefault(self._store.domains[sample], []).append(sample)
+        return {sample for samples in of_domain.values() for sample in samples[:count]}
+
+    def _pass(
+        self, method: Method, forward: Callable[..., StepOutput], told: Collection[int] = ()
+    ) -> tuple[dict[str, Any], dict[int, Chains], list[Walked]]:
+        """The numbers of what was proposed, and this rank's chains by sample and answers of the samples `told`."""
         device = self._world.device
         loss_sum, weight, proposed, confidences = torch.zeros((), dtype=torch.float64, device=device), 0.0, [], []
         for samples in self._batches:
@@ -87,15 +113,17 @@ class Evaluator:
             confidences.append(output.confidences_TK)
         samples = [sample for batch_samples in self._batches for sample in batch_samples]
         lengths = [int(self._store.lengths[sample]) for sample in samples]
-        table, chains = dict[int, np.ndarray](), dict[int, Chains]()
+        table, chains, walked = dict[int, np.ndarray](), dict[int, Chains](), list[Walked]()
         if samples:
             tables = (torch.cat(rows)[:, : self._draft_tokens].cpu().split(lengths) for rows in (proposed, confidences))
             for sample, proposals_SK, confidences_SK in zip(samples, *tables, strict=True):
                 table[sample] = self._count(sample, proposals_SK.numpy())
-                _, mask_S, argmax_S = (labels.numpy() for labels in self._store.labels(sample))
+                ids_S, mask_S, argmax_S = (labels.numpy() for labels in self._store.labels(sample))
                 chains[sample] = Chains.of(mask_S, argmax_S, proposals_SK.numpy(), confidences_SK)
+                if sample in told:
+                    walked += walked_answers(sample, ids_S, mask_S, proposals_SK.numpy())
         whole_loss, whole_weight = self._world.sum_(torch.stack([loss_sum, torch.full_like(loss_sum, weight)])).tolist()
-        return self._numbers(self._reduced(table), whole_loss / max(whole_weight, 1e-9)), chains
+        return self._numbers(self._reduced(table), whole_loss / max(whole_weight, 1e-9)), chains, walked
 
     def _half(self, chains: dict[int, Chains], *, for_fit: bool) -> Chains:
         return Chains.join([rows for sample, rows in chains.items() if is_for_fit(self._store.ids[sample]) is for_fit], self._draft_tokens)
@@ -129,6 +157,7 @@ class Evaluator:
         numbers["eval/ngram_acc_len"] = baseline["acc_len"]
         if "walk_acc_len" in baseline:
             numbers["eval/ngram_walk_acc_len"] = baseline["walk_acc_len"]
+            numbers["eval/ngram_walk_histogram"] = baseline["walk_histogram"]
             for name, counts in (("walk_acc_len", rows), ("ngram_walk_acc_len", self._ngram)):
                 if self._replicates:
                     low, high = interval(walk(counts[replicates], self._columns))

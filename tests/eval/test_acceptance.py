@@ -5,6 +5,7 @@ import pytest
 
 from specforge.eval.acceptance import Columns, acceptance, answers, count_sample, walk
 from specforge.eval.bootstrap import poisson_weights
+from specforge.eval.walked import Walked, walked_answers
 
 
 def test_answers_are_maximal_runs() -> None:
@@ -31,6 +32,7 @@ def test_counts_by_hand() -> None:
     assert counts[columns.joint].tolist() == [3, 1]
     assert counts[columns.starts] == 4
     assert (counts[columns.walk_tokens], counts[columns.walk_rounds].tolist()) == (4, [3, 2])
+    assert counts[columns.walk_histogram].tolist() == [0, 1, 1], "the round at 5 accepts 1, the one at 2 accepts 2"
     assert (counts[columns.matches], counts[columns.supervised]) == (5, 5)
     numbers = acceptance(counts, columns)
     assert numbers["simulated_acc_len"] == pytest.approx(3 / 4 + 3 / 4 * 2 / 3)
@@ -82,6 +84,19 @@ def test_walk_equals_a_decoder_on_random_drafts() -> None:
                 rows[start > last] = -1
                 expected.append(np.array(decoded(ids, first, last, rows)))
             assert (counts[columns.walk_tokens], counts[columns.walk_rounds][length - 1]) == tuple(np.sum(expected, 0))
+        assert counts[columns.walk_histogram].sum() == counts[columns.walk_rounds][-1]
+        told = walked_answers(0, ids, mask, proposals)
+        accepted = [count for answer in told for count in answer.accepted]
+        assert np.bincount(accepted, minlength=drafts + 1).tolist() == counts[columns.walk_histogram].tolist()
+
+
+def test_an_answer_round_by_round() -> None:
+    """Tokens 2..7; at 2 both drafts are right, so the next round is at 5, whose first is wrong; at 6 the text ends before the second."""
+    ids = np.array([9, 9, 10, 11, 12, 13, 14, 15])
+    proposals = np.full((8, 2), -1)
+    proposals[2], proposals[5], proposals[6] = (11, 12), (7, 15), (15, 8)
+    told = walked_answers(3, ids, np.arange(8) >= 2, proposals)
+    assert told == [Walked(3, 2, 7, accepted=[2, 0, 1], refused=[-1, 7, -1])]
 
 
 def test_walk_is_left_out_where_the_text_is_not_the_targets() -> None:

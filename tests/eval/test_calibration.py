@@ -215,7 +215,7 @@ def calibrated(world: World, target_path: Path, folder: Path) -> tuple[dict[str,
     store = LocalFeatureStore(folder)
     evaluator = Evaluator(store, world, draft_tokens=K, micro_batch_tokens=60, bootstrap=0)
     with torch.no_grad():
-        return evaluator.calibrate(make_method(target_path, store))
+        return evaluator.calibrate(make_method(target_path, store))[:2]
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,31 @@
+"""`specforge report RUN... --out report.html`: what runs measured, as one HTML file that needs nothing else."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from specforge import files
+from specforge.errors import ConfigError
+
+
+def run(words: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="specforge report", description="Show what runs measured: one HTML file without a network. Nothing is measured anew."
+    )
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="the output_dir of a training; several are laid over each other")
+    parser.add_argument("--out", type=Path, default=Path("report.html"), help="the file to write (default report.html)")
+    given = parser.parse_args(words)
+
+    from specforge.report.page import LONGEST, page
+    from specforge.report.run import Run
+
+    if len(given.runs) > LONGEST:
+        raise ConfigError(f"RUN: {len(given.runs)} runs were given; at most {LONGEST} can be told apart by colour, so leave some out.")
+    if given.out.is_dir():
+        raise ConfigError(f"--out={str(given.out)!r}: is a folder; name the file, report.html for instance.")
+    html = page([Run.read(folder) for folder in given.runs])
+    with files.writable(given.out.parent):
+        given.out.parent.mkdir(parents=True, exist_ok=True)
+        files.write_text(given.out, html)
+    print(f"{given.out}: {len(given.runs)} runs, {len(html.encode()) / 2**10:.0f} KiB; open it in a browser")
+    return 0

@@ -1,0 +1,1 @@
+"""What a run measured, as one HTML file that needs nothing else."""

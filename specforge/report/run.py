@@ -1,0 +1,139 @@
+"""A run folder as a report sees it: only files are read, nothing is measured."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from specforge import files
+from specforge.config import RankingConfig, load_task, to_dict
+from specforge.errors import CheckpointError, DataError
+from specforge.eval.record import EvaluationRecord, read_records
+from specforge.log.run_log import read_metrics
+from specforge.training.run_folder import Best, Branch, find_checkpoints, read_best, read_branch
+
+Points = list[tuple[int, float]]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run folder."""
+
+    folder: Path
+    name: str
+    """What the run calls itself, else its folder."""
+    lines: list[dict[str, Any]]
+    """Of `metrics.jsonl`, without those that a later resume or fork took back."""
+    events: list[dict[str, Any]]
+    config: dict[str, Any]
+    """Of the newest configuration; empty where the folder has none."""
+    branch: Branch | None
+    best: Best | None
+    checkpoints: list[str]
+    state: dict[str, Any]
+    """`state.json` of the newest checkpoint; empty where there is none."""
+    record: EvaluationRecord | None
+    """The evaluation of the best checkpoint or, without one, of the newest that was evaluated."""
+
+    @classmethod
+    def read(cls, folder: Path) -> "Run":
+        """
+        Raises:
+            CheckpointError: there is no run in `folder`, or one of its files is damaged.
+            DataError: a line of `metrics.jsonl` is damaged; a last one that a crash tore is left out.
+        """
+        metrics = folder / "metrics.jsonl"
+        if not metrics.is_file():
+            raise CheckpointError(f"RUN={str(folder)!r}: holds no metrics.jsonl; give the output_dir of a training.")
+        lines = read_metrics(metrics, superseded=False)
+        complete, best, records = find_checkpoints(folder), read_best(folder), read_records(folder)
+        of_best = [record for record in records if best and record.checkpoint == best.checkpoint]
+        branch = read_branch(folder)
+        return cls(
+            folder=folder,
+            name=branch.run_id if branch else folder.resolve().name,
+            lines=[line for line in lines if "event" not in line],
+            events=[line for line in lines if "event" in line],
+            config=_config(folder),
+            branch=branch,
+            best=best,
+            checkpoints=[checkpoint.path.name for checkpoint in complete],
+            state=files.read_object(complete[-1].path / "state.json", CheckpointError) if complete else {},
+            record=next(iter([*of_best, *reversed(records)]), None),
+        )
+
+    def renamed(self, name: str) -> "Run":
+        return replace(self, name=name)
+
+    @property
+    def method(self) -> str:
+        return str(self.config.get("method", {}).get("name", "-"))
+
+    @property
+    def checkpoint(self) -> str:
+        """The checkpoint that the numbers are of."""
+        return self.record.checkpoint if self.record else self.best.checkpoint if self.best else "-"
+
+    @cached_property
+    def numbers(self) -> dict[str, Any]:
+        """The evaluation to show: the record's, else the best one's of the training, else the last one's."""
+        if self.record:
+            return self.record.numbers
+        evaluations = [line for line in self.lines if "eval/acc_len" in line]
+        of_best = [line for line in evaluations if self.best and line["step"] == self.best.step]
+        return next(iter([*of_best, *reversed(evaluations)]), {})
+
+    def points(self, name: str, position: int | None = None) -> Points:
+        """(step, value) of a number of `metrics.jsonl`, or of one place of a list; what is not finite is left out.
+
+        Raises:
+            DataError: it is something else.
+        """
+        found = []
+        for line in self.lines:
+            if name in line:
+                value = line[name] if position is None else self._listed(line[name], name)[position]
+                found.append((line["step"], self._number(value, name)))
+        return [(step, value) for step, value in found if math.isfinite(value)]
+
+    def number(self, name: str) -> float | None:
+        """A number of the evaluation; None where it was not measured or cannot be known."""
+        value = self.numbers.get(name)
+        number = math.nan if value is None else self._number(value, name)
+        return number if math.isfinite(number) else None
+
+    def values(self, name: str) -> list[float]:
+        """A list of the evaluation, null as NaN; empty where it was not measured."""
+        values = self._listed(self.numbers.get(name, []), name)
+        return [math.nan if value is None else self._number(value, name) for value in values]
+
+    @property
+    def domains(self) -> list[str]:
+        before, after = "eval/", "/acc_len"
+        named = [name for name in self.numbers if name.startswith(before) and name.endswith(after)]
+        return sorted({name[len(before) : -len(after)] for name in named} - {""})
+
+    def _number(self, value: object, name: str) -> float:
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise DataError(f"{self.folder}: {name}={files.shown(value)} must be a number; restore the file, or measure again.")
+        return float(value)
+
+    def _listed(self, value: object, name: str) -> Sequence[Any]:
+        if not isinstance(value, list):
+            raise DataError(f"{self.folder}: {name}={files.shown(value)} must be a list; restore the file, or measure again.")
+        return value
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    """The newest of `config.yaml`, `config-2.yaml`, ...: a resumed run adds one."""
+    paths = sorted(folder.glob("config*.yaml"), key=lambda path: (len(path.name), path.name))
+    if not paths:
+        return {}
+    config = load_task(paths[-1])
+    if isinstance(config, RankingConfig):
+        raise CheckpointError(
+            f"RUN={str(folder)!r}: is a ranking run; `specforge report` shows drafts, so give the folder of a draft's run."
+        )
+    return to_dict(config)

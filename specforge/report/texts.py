@@ -1,0 +1,63 @@
+"""The page of real answers: accepted drafts in the run's colour, the target's own tokens plain."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from specforge import files
+from specforge.errors import CheckpointError
+from specforge.report.acceptance import EVALUATE
+from specforge.report.markup import Markup, element, join
+from specforge.report.panel import missing, tabs
+from specforge.report.run import Run
+
+_FIELDS: dict[str, Any] = {"id": str, "domain": str, "prompt": str, "first": str, "rounds": list}
+_ROUND: dict[str, Any] = {"accepted": list, "own": str, "refused": str}
+
+
+def text_panels(runs: Sequence[Run]) -> list[Markup]:
+    told = [(number, run) for number, run in enumerate(runs) if run.record and run.record.texts]
+    if not told:
+        return [missing("Answers", "No evaluation was kept.", EVALUATE)]
+    meaning = (
+        "Held-out answers as a greedy chain decoder says them: coloured tokens were drafted and accepted, plain ones are the target's own, "
+        "a thin line begins a round. Point at a plain token to see what the draft had said in its place."
+    )
+    return [
+        element(
+            "figure",
+            element("figcaption", meaning),
+            tabs("texts", [(run.name, _answers(run, number)) for number, run in told]),
+            class_="texts",
+        )
+    ]
+
+
+def _answers(run: Run, number: int) -> Markup:
+    assert run.record is not None
+    return join(*(_answer(text, number, f"{run.folder}: a text of evaluation {run.checkpoint}") for text in run.record.texts))
+
+
+def _answer(text: Any, number: int, where: str) -> Markup:
+    files.check_fields(text, where, CheckpointError, **_FIELDS)
+    tokens, accepted, rounds = (
+        [element("span", text["first"], class_="own", data_tip="the target's, before any round")],
+        0,
+        0,
+    )
+    for each in text["rounds"]:
+        files.check_fields(each, f"{where}, a round", CheckpointError, **_ROUND)
+        drafted = [str(piece) for piece in each["accepted"]]
+        said = f"the draft said {each['refused']!r}" if each["refused"] else "no draft for this token"
+        accepted, rounds = accepted + len(drafted), rounds + 1
+        tokens.append(
+            element(
+                "span",
+                *(element("span", piece, class_="drafted") for piece in drafted),
+                element("span", each["own"], class_="own", data_tip=said) if each["own"] else None,
+                class_="round",
+            )
+        )
+    per_round = f"{(accepted + sum(bool(each['own']) for each in text['rounds'])) / rounds:.2f} tokens per round" if rounds else "no round"
+    head = " · ".join(word for word in (text["domain"], text["id"], per_round, f"{accepted} accepted") if word)
+    prompt = element("details", element("summary", "the prompt"), element("pre", text["prompt"]))
+    return element("article", element("h4", head), prompt, element("pre", *tokens, class_="answer"), class_=f"answer-of r{number}")
