@@ -40,7 +40,7 @@ def speed_panels(runs: Sequence[Run]) -> list[Markup]:
         ),
         _curve(
             runs, "Peak memory", "GiB", [("perf/peak_memory_mib", None, "", "rank 0")],
-            "The most that rank 0 held so far: on a GPU allocated tensors, on a CPU the whole process. A resume begins anew.", scale=2.0**-10,
+            "Most that rank 0 held so far: on a GPU allocated tensors, on a CPU the whole process. Resuming begins anew.", scale=2.0**-10,
         ),
     ]  # fmt: skip
 
