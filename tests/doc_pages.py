@@ -36,7 +36,7 @@ class Block:
     def smaller(self) -> dict[str, str]:
         """Words of the block, and those that a test puts in their place."""
         pairs = self.mark.removeprefix("smaller: ").split("; ") if self.mark.startswith("smaller: ") else []
-        return dict((old, new) for old, _, new in (pair.partition(" to ") for pair in pairs))
+        return {old: new for old, _, new in (pair.partition(" to ") for pair in pairs)}
 
     @property
     def run_by(self) -> str:
@@ -101,4 +101,4 @@ def commands(script: str) -> Iterator[list[str]]:
             name, _, value = words.pop(0).partition("=")
             variables[name] = value
         if words:
-            yield words
+            yield words[:-1] if words[-1] == "&" else words

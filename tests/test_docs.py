@@ -1,4 +1,4 @@
-"""What the pages say exists: links, files, commands with their options, keys of a configuration. And each block of commands is run, or says why not."""
+"""What the pages name exists: links, files, commands, options, keys. And each block of commands is run, or says why not."""
 
 import argparse
 import dataclasses
@@ -130,9 +130,9 @@ def test_files_options_and_keys_in_the_text_exist(page: Path, parse: Any, capsys
     for code in inline_code(page):
         if re.match(r"^(specforge|tests|scripts|docs|configs)/[\w./-]+$", code) and not (ROOT / code).exists():
             wrong.append(f"`{code}`: there is no such file")
-        if key := re.match(r"^(\w+)\.([a-z_0-9]+(?:\.[a-z_0-9]+)*)(?=$|=|: )", code):
-            if key[1] in SECTIONS and not code.endswith(FILES) and not is_key(key[0].split(".")):
-                wrong.append(f"`{code}`: there is no such key")
+        key = re.match(r"^(\w+)\.([a-z_0-9]+(?:\.[a-z_0-9]+)*)(?=$|=|: )", code)
+        if key and key[1] in SECTIONS and not code.endswith(FILES) and not is_key(key[0].split(".")):
+            wrong.append(f"`{code}`: there is no such key")
         if command := re.match(r"^(?:torchrun .*-m )?specforge ((?:bench )?[a-z-]+)", code):
             unknown = set(re.findall(r"(?<= )--[a-z][a-z-]*", code[command.end() :])) - options_of(command[1], parse, capsys)
             wrong += [f"`{code}`: there is no {option}" for option in unknown]
