@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Build the documentation into one folder, with every warning an error. The pages need no network, neither now nor when they are read.
 #
-#   scripts/docs.sh [FOLDER]   default: site beside pyproject.toml; open FOLDER/index.html
+#   scripts/docs.sh [FOLDER]   default: site beside pyproject.toml. Open FOLDER/index.html; the search box works where the folder is served, for
+#                              instance by `python -m http.server --directory FOLDER`
 #
 #   SPECFORGE_DOCS_VENV  folder of the environment; default: .venv-docs beside pyproject.toml
 #   SPECFORGE_PYTHON     interpreter to make it with; default: python3.11
