@@ -56,8 +56,13 @@ def _peak_mb(read: Callable[[], object]) -> float:
         tracemalloc.stop()
 
 
-if __name__ == "__main__":
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--users", type=int, default=2000)
+    given = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="ranking-rows-") as name:
-        print(json.dumps(measure(Path(name), parser.parse_args().users)))
+        print(json.dumps(measure(Path(name), given.users)))
+
+
+if __name__ == "__main__":
+    main()
