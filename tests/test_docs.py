@@ -19,7 +19,7 @@ from tests.doc_pages import KINDS, PAGES, ROOT, Block, anchors, blocks, commands
 
 BLOCKS = [block for page in PAGES for block in blocks(page)]
 SECTIONS = {field.name for kind in (RunConfig, RankingConfig) for field in dataclasses.fields(kind)}
-FILES = (".csv", ".json", ".jsonl", ".md", ".py", ".sbatch", ".yaml")
+FILES = (".csv", ".json", ".jsonl", ".md", ".py", ".safetensors", ".sbatch", ".yaml")
 
 
 class Parsed(Exception):  # noqa: N818
