@@ -15,8 +15,8 @@ from tests.report.page import read
 
 @pytest.fixture
 def run(trained: Path, tmp_path: Path) -> Path:
-    """A copy, so that what an evaluation leaves is nobody else's."""
-    return Path(shutil.copytree(trained, tmp_path / "run", symlinks=True))
+    """A copy without what other evaluations left, so that what one leaves is nobody else's."""
+    return Path(shutil.copytree(trained, tmp_path / "run", symlinks=True, ignore=shutil.ignore_patterns("evaluations")))
 
 
 def test_an_evaluation_is_kept_and_shown(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
