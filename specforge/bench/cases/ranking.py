@@ -92,7 +92,7 @@ class RankingCase(Case):
 def chosen_levers(configuration: Configuration) -> Levers:
     texts = {name: configuration.levers[name] for name in LEVERS}
     flags = {name: text == "true" for name, text in texts.items() if get_type_hints(Levers)[name] is bool}
-    kept = tuple(word for word in (texts["keep_fp32_modules"],) if word != "none")
+    kept = () if texts["keep_fp32_modules"] == "none" else (texts["keep_fp32_modules"],)
     return dataclasses.replace(Levers(), **{**texts, **flags, "keep_fp32_modules": kept})  # type: ignore[arg-type]
 
 
