@@ -9,8 +9,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(ROOT.glob("*.md")) + sorted(page for page in (ROOT / "docs").rglob("*.md") if page.name != "experiments.md")
 """All but the log of experiments, which a program writes; `tests/bench/test_published.py` reads its commands."""
-KINDS = ("gpu", "real target", "minutes")
-"""Why a block of commands is not run; `run by FILE` and `smaller: WORD to WORD; ...` may stand in their place."""
+GPU = "gpu"
+"""The mark of a block of commands that is not run; `run by FILE` and `smaller: WORD to WORDS; ...` are those of others."""
 
 _FENCE = re.compile(r"^( *)```(\w*) *$")
 _MARK = re.compile(r"^ *<!-- (.+) -->$")
@@ -34,7 +34,7 @@ class Block:
 
     @property
     def smaller(self) -> dict[str, str]:
-        """Words of the block, and those that a test puts in their place."""
+        """Words of the block, and what a test puts in the place of each."""
         pairs = self.mark.removeprefix("smaller: ").split("; ") if self.mark.startswith("smaller: ") else []
         return {old: new for old, _, new in (pair.partition(" to ") for pair in pairs)}
 

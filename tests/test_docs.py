@@ -15,7 +15,7 @@ from specforge.cli.__main__ import COMMANDS
 from specforge.config import RankingConfig, RunConfig, load_task
 from specforge.config.methods import METHODS
 from specforge.errors import ConfigError
-from tests.doc_pages import KINDS, PAGES, ROOT, Block, anchors, blocks, commands, inline_code, links, prose
+from tests.doc_pages import GPU, PAGES, ROOT, Block, anchors, blocks, commands, inline_code, links, prose
 
 BLOCKS = [block for page in PAGES for block in blocks(page)]
 SECTIONS = {field.name for kind in (RunConfig, RankingConfig) for field in dataclasses.fields(kind)}
@@ -88,15 +88,25 @@ def test_commands_of_a_block_parse(block: Block, parse: Any) -> None:
             validate(parse(words))
 
 
-def test_a_block_of_commands_is_run_or_says_why_not() -> None:
+def test_a_block_of_commands_is_run_or_needs_a_gpu() -> None:
     wrong = []
-    for block in BLOCKS:
-        known = block.mark in ("", *KINDS) or block.smaller or block.run_by
-        if block.language == "bash" and not (known and (not block.run_by or (ROOT / block.run_by).is_file())):
-            wrong.append(f"{block.place}: the mark {block.mark!r} is none of {KINDS}, `smaller: A to B` or `run by FILE`")
+    for block in [block for block in BLOCKS if block.language == "bash"]:
+        if not (block.mark in ("", GPU) or block.smaller or block.run_by):
+            wrong.append(f"{block.place}: the mark {block.mark!r} is none of {GPU}, `smaller: A to B` or `run by FILE`")
         if any(word not in block.text.split() for word in block.smaller):
             wrong.append(f"{block.place}: {block.smaller} has words that the block has not")
+        if block.run_by:
+            runner = (ROOT / block.run_by).read_text()
+            wrong += [f"{block.place}: {block.run_by} has no {name}" for name in map(run_name, commands(block.text)) if name not in runner]
     assert wrong == []
+
+
+def run_name(words: Sequence[str]) -> str:
+    """The word by which what runs a command must name it: a script, a module, or what `specforge` is to do."""
+    if script := next((word for word in words[:3] if word.startswith("scripts/")), ""):
+        return Path(script).name
+    program, arguments = program_of(words)
+    return arguments[0] if program == "specforge" else program
 
 
 def test_commands_stand_in_blocks_of_bash() -> None:
