@@ -10,6 +10,7 @@ from typing import Any
 from specforge import files
 from specforge.config import RankingConfig, load_task, to_dict
 from specforge.errors import CheckpointError, DataError
+from specforge.eval.acceptance import domains_of
 from specforge.eval.record import EvaluationRecord, read_records
 from specforge.log.run_log import read_metrics
 from specforge.training.run_folder import Best, Branch, find_checkpoints, read_best, read_branch
@@ -111,9 +112,7 @@ class Run:
 
     @property
     def domains(self) -> list[str]:
-        before, after = "eval/", "/acc_len"
-        named = [name for name in self.numbers if name.startswith(before) and name.endswith(after)]
-        return sorted({name[len(before) : -len(after)] for name in named} - {""})
+        return domains_of(self.numbers)
 
     def _number(self, value: object, name: str) -> float:
         if isinstance(value, bool) or not isinstance(value, int | float):
