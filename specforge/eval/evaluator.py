@@ -23,7 +23,6 @@ from specforge.features.store import LocalFeatureStore
 from specforge.methods.base import Method, StepOutput
 from specforge.models.calibration import Calibration
 
-
 FEWEST_SAMPLES = 10
 """A domain of fewer has no interval: a bootstrap over so few knows too little of how samples differ."""
 

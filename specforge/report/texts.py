@@ -5,9 +5,8 @@ from typing import Any
 
 from specforge import files
 from specforge.errors import CheckpointError
-from specforge.report.acceptance import EVALUATE
 from specforge.report.markup import Markup, element, join
-from specforge.report.panel import missing, tabs
+from specforge.report.panel import EVALUATE, missing, tabs
 from specforge.report.run import Run
 
 _FIELDS: dict[str, Any] = {"id": str, "domain": str, "prompt": str, "first": str, "rounds": list}
@@ -19,17 +18,12 @@ def text_panels(runs: Sequence[Run]) -> list[Markup]:
     if not told:
         return [missing("Answers", "No evaluation was kept.", EVALUATE)]
     meaning = (
-        "Held-out answers as a greedy chain decoder says them: coloured tokens were drafted and accepted, plain ones are the target's own, "
-        "a thin line begins a round. Point at a plain token to see what the draft had said in its place."
+        "Held-out answers as a greedy chain decoder says them: underlined tokens were drafted and accepted, plain ones are the "
+        "target's own, an upright line begins a round."
     )
-    return [
-        element(
-            "figure",
-            element("figcaption", meaning),
-            tabs("texts", [(run.name, _answers(run, number)) for number, run in told]),
-            class_="texts",
-        )
-    ]
+    toggle = element("button", "Show what was drafted wrongly", type="button", aria_pressed="false", data_refusals=True)
+    panes = [(run.name, _answers(run, number)) for number, run in told]
+    return [element("figure", element("figcaption", meaning), toggle, tabs("texts", "Runs", panes), class_="texts")]
 
 
 def _answers(run: Run, number: int) -> Markup:
@@ -53,7 +47,7 @@ def _answer(text: Any, number: int, where: str) -> Markup:
             element(
                 "span",
                 *(element("span", piece, class_="drafted") for piece in drafted),
-                element("span", each["own"], class_="own", data_tip=said) if each["own"] else None,
+                element("span", each["own"], class_="own", data_tip=said, data_refused=each["refused"] or None) if each["own"] else None,
                 class_="round",
             )
         )

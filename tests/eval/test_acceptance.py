@@ -119,5 +119,12 @@ def test_poisson_weights_depend_on_seed_and_id_only() -> None:
 
 
 def test_domains_by_the_names_of_numbers() -> None:
-    names = ["eval/acc_len", "eval/math/algebra/acc_len", "eval/code/acc_len", "eval/code/walk_acc_len", "eval/ngram_acc_len", "perf/x/acc_len"]
+    names = [
+        "eval/acc_len",
+        "eval/math/algebra/acc_len",
+        "eval/code/acc_len",
+        "eval/code/walk_acc_len",
+        "eval/ngram_acc_len",
+        "perf/x/acc_len",
+    ]
     assert domains_of(names) == ["code", "math/algebra"]
