@@ -15,11 +15,11 @@ def _star(points: int, inner: float, turn: float = 0.0) -> Outline:
 
 
 def _polygon(corners: int, turn: float = 0.0) -> Outline:
-    return _star(corners, math.cos(math.pi / corners), turn)
+    return _star(corners, 1.0, turn)[::2]
 
 
 _SHAPES = (
-    _polygon(24),
+    _polygon(16),
     _polygon(4, math.pi / 4),
     _polygon(3),
     _polygon(4),

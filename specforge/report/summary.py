@@ -73,7 +73,7 @@ def _rounds(run: Run) -> str:
     if not sum(histogram):
         return ""
     none, whole = histogram[0] / sum(histogram), histogram[-1] / sum(histogram)
-    return f"{none:.0%} of the rounds accept no draft, {whole:.0%} accept all {len(histogram) - 1}"
+    return f"{100 * none:.0f} % of the rounds accept no draft, {100 * whole:.0f} % accept all {len(histogram) - 1}"
 
 
 def _steps(run: Run) -> str:
@@ -94,7 +94,7 @@ def _steps(run: Run) -> str:
 def _waiting(run: Run) -> str:
     steps, waits = ([seconds for _, seconds in run.points(f"perf/{name}")] for name in ("step_time_s", "data_wait_s"))
     share = sum(waits) / sum(steps) if sum(steps) else 0.0
-    return f"Training waited for data {share:.0%} of its time" if share > WAITS else ""
+    return f"Training waited for data {100 * share:.0f} % of its time" if share > WAITS else ""
 
 
 def summary(runs: Sequence[Run]) -> Markup:

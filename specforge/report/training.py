@@ -9,6 +9,7 @@ from specforge.report.run import Points, Run
 
 MOST_POINTS = 400
 """Longer lines are thinned: a screen has no more columns."""
+MOST_MARKS = 60
 
 
 def training_panels(runs: Sequence[Run]) -> list[Markup]:
@@ -57,6 +58,11 @@ def thinned(points: Points) -> Points:
     return [points[place] for place in sorted(kept)]
 
 
+def _marked(points: Points) -> Points:
+    """The points that bear the mark of their run: all, or where they would touch each other the last one."""
+    return points if len(points) <= MOST_MARKS else points[-1:]
+
+
 def _curve(
     runs: Sequence[Run],
     title: str,
@@ -80,7 +86,7 @@ def _curve(
     chart = Chart(title, "optimiser step", unit, _steps([points for *_, points in series]), around(values, min(0.0, *values), top))
     for number, style, name, points in series:
         chart.line(points, f"r{number} {style}", name, digits)
-        chart.dots(points if style == "points" else points[-1:], number, radius=2.2)
+        chart.dots(_marked(points) if style == "points" else points[-1:], number, radius=2.2)
     ends = [f"{name} ends at {points[-1][1]:.{digits}f}" for *_, name, points in series if points]
     return panel(title, chart.svg("; ".join(ends)), meaning)
 
@@ -105,7 +111,7 @@ def _walk(runs: Sequence[Run]) -> Markup:
     for number, (run, (points, lows, highs)) in enumerate(zip(runs, curves, strict=True)):
         chart.band(thinned(lows), thinned(highs), f"r{number}")
         chart.line(thinned(points), f"r{number}", run.name)
-        chart.dots(thinned(points), number, radius=2.2)
+        chart.dots(_marked(points), number, radius=2.2)
         best = [point for point in points if run.best and point[0] == run.best.step]
         chart.dots(best, number, "ring", 5.5, [f"{run.name}, best checkpoint: step {step:,}, {value:.3f}" for step, value in best])
         said += [f"{run.name} ends at {points[-1][1]:.3f}"] if points else []
