@@ -95,7 +95,9 @@ def _histogram(runs: Sequence[Run]) -> Markup:
                     chart.stroke((left, place[k]), (right, place[k]), classes, f"{drafter}: share {place[k]:.3f} accepts {k}")
         said.append(f"{run.name}: " + ", ".join(f"{value:.3f}" for value in values))
     meaning = "Rounds at 0 bring one token, the target's own; many rounds at the right end want a longer chain."
-    return panel(title, chart.svg("; ".join(said)), meaning, "bars: the walk · dark lines: live decoding, its samples · grey lines: n-gram")
+    return panel(
+        title, chart.svg("; ".join(said)), meaning, "bars: the walk · thick lines: live decoding, its samples · dashed lines: n-gram"
+    )
 
 
 def _shares(counts: Sequence[float]) -> list[float]:
