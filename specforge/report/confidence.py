@@ -86,4 +86,4 @@ def _numbers(runs: Sequence[Run], version: str) -> Markup:
         rows.append([f"{run.name}, prefixes", *map(cell, of_survival)])
         rows += [[f"{run.name}, draft {k}", *map(cell, values)] for k, values in enumerate(zip(*of_draft, strict=False), 1)]
         classes += [f"r{number} strong"] + [f"r{number}"] * (len(rows) - len(classes) - 1)
-    return table(f"Of the confidence, {VERSIONS[version]}", ["", *METRICS.values()], rows, classes)
+    return table(f"Of the confidence, {VERSIONS[version]}", ["drafts", *METRICS.values()], rows, classes)

@@ -11,7 +11,7 @@ from specforge.report.run import Run
 
 def provenance_panels(runs: Sequence[Run]) -> list[Markup]:
     return [
-        _card("Origin", table("Where the numbers come from", ["", *(run.name for run in runs)], _origin(runs)), "origin"),
+        _card("Origin", table("Where the numbers come from", ["what", *(run.name for run in runs)], _origin(runs)), "origin"),
         *([_card("Settings that differ", _differences(runs), "differences")] if len(runs) > 1 else []),
         *(_run(run, number) for number, run in enumerate(runs)),
     ]

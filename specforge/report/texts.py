@@ -33,25 +33,20 @@ def _answers(run: Run, number: int) -> Markup:
 
 def _answer(text: Any, number: int, where: str) -> Markup:
     files.check_fields(text, where, CheckpointError, **_FIELDS)
-    tokens, accepted, rounds = (
-        [element("span", text["first"], class_="own", data_tip="the target's, before any round")],
-        0,
-        0,
-    )
     for each in text["rounds"]:
         files.check_fields(each, f"{where}, a round", CheckpointError, **_ROUND)
-        drafted = [str(piece) for piece in each["accepted"]]
-        said = f"the draft said {each['refused']!r}" if each["refused"] else "no draft for this token"
-        accepted, rounds = accepted + len(drafted), rounds + 1
-        tokens.append(
-            element(
-                "span",
-                *(element("span", piece, class_="drafted") for piece in drafted),
-                element("span", each["own"], class_="own", data_tip=said, data_refused=each["refused"] or None) if each["own"] else None,
-                class_="round",
-            )
-        )
-    per_round = f"{(accepted + sum(bool(each['own']) for each in text['rounds'])) / rounds:.2f} tokens per round" if rounds else "no round"
+    accepted = sum(len(each["accepted"]) for each in text["rounds"])
+    own = sum(bool(each["own"]) for each in text["rounds"])
+    per_round = f"{(accepted + own) / len(text['rounds']):.2f} tokens per round" if text["rounds"] else "no round"
     head = " · ".join(word for word in (text["domain"], text["id"], per_round, f"{accepted} accepted") if word)
     prompt = element("details", element("summary", "the prompt"), element("pre", text["prompt"]))
-    return element("article", element("h4", head), prompt, element("pre", *tokens, class_="answer"), class_=f"answer-of r{number}")
+    first = element("span", text["first"], class_="own", data_tip="the target's, before any round")
+    answer = element("pre", first, *map(_round, text["rounds"]), class_="answer")
+    return element("article", element("h4", head), prompt, answer, class_=f"answer-of r{number}")
+
+
+def _round(each: dict[str, Any]) -> Markup:
+    drafted = (element("span", str(piece), class_="drafted") for piece in each["accepted"])
+    said = f"the draft said {each['refused']!r}" if each["refused"] else "no draft for this token"
+    own = element("span", each["own"], class_="own", data_tip=said, data_refused=each["refused"] or None) if each["own"] else None
+    return element("span", *drafted, own, class_="round")

@@ -22,6 +22,7 @@ def evaluation(walk: float, domain: str = "code", **more: Any) -> dict[str, Any]
         "eval/ngram_walk_acc_len": 1.375, "eval/ngram_walk_acc_len_low": 1.25, "eval/ngram_walk_acc_len_high": 1.5,
         "eval/ngram_walk_histogram": [30, 6, 4],
         f"eval/{domain}/acc_len": 1.8, f"eval/{domain}/walk_acc_len": 1.625, f"eval/{domain}/ngram_walk_acc_len": 1.3125,
+        f"eval/{domain}/ngram_walk_acc_len_low": 1.0, f"eval/{domain}/ngram_walk_acc_len_high": 1.5,
         f"eval/{domain}/samples": 12, f"eval/{domain}/walk_acc_len_low": 1.5, f"eval/{domain}/walk_acc_len_high": 1.75,
     }  # fmt: skip
     return numbers | more
