@@ -183,8 +183,13 @@ def _live(
     evaluator = Evaluator(
         store, world, draft_tokens=draft_tokens, micro_batch_tokens=config.train.micro_batch_tokens, max_samples=samples, bootstrap=0
     )
-    predicted = evaluator.evaluate(method, backend).get("eval/walk_acc_len")
-    numbers = {"samples": samples, "predicted_tokens_per_round": predicted, **live_numbers(answers, draft_tokens, world)}
+    predicted = evaluator.evaluate(method, backend)
+    numbers = {
+        "samples": samples,
+        "predicted_tokens_per_round": predicted.get("eval/walk_acc_len"),
+        "predicted_histogram": predicted.get("eval/walk_histogram", []),
+        **live_numbers(answers, draft_tokens, world),
+    }
     return {f"eval/live/{name}": value for name, value in numbers.items()}
 
 

@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 
 from specforge.cli.__main__ import main
+from specforge.cli.table import acceptance_table
 from specforge.config import load_config
 from specforge.eval.record import EvaluationRecord
 from tests.report.page import read
+from tests.report.runs import evaluation
 
 
 @pytest.fixture
@@ -25,6 +27,7 @@ def test_an_evaluation_is_kept_and_shown(run: Path, tmp_path: Path, capsys: pyte
     record = EvaluationRecord.read(run / "evaluations" / "run-step40.json")
     assert record.numbers.items() <= printed.items() and (record.step, record.run_id) == (40, "run")
     assert record.numbers["eval/walk_histogram"] == printed["eval/live/histogram"], "the walk and live decoding take the same rounds"
+    assert printed["eval/live/histogram"] == printed["eval/live/predicted_histogram"]
     assert sum(record.numbers["eval/walk_histogram"]) == printed["eval/live/rounds"]
 
     survival = record.groups["raw"][-1]
@@ -61,3 +64,12 @@ def test_where_nothing_can_be_written_it_is_measured_all_the_same(run: Path, cap
     assert code == 0 and json.loads(out.splitlines()[-1])["eval/samples"] == 6
     assert "this evaluation is not kept for `specforge report`" in err and "File too large" in err
     assert not list((run / "evaluations").iterdir())
+
+
+def test_a_domain_is_printed_with_its_samples_and_intervals() -> None:
+    lines = acceptance_table(evaluation(1.75)).splitlines()
+    assert "walk, code                 1.625    1.312  12 samples, 95 %: draft 1.50..1.75, n-gram 1.00..1.50" in lines
+    few = {
+        name: value for name, value in evaluation(1.75).items() if not (name.startswith("eval/code/") and name.endswith(("_low", "_high")))
+    }
+    assert "walk, code                 1.625    1.312  12 samples" in acceptance_table(few).splitlines()

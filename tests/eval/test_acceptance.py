@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from specforge.eval.acceptance import Columns, acceptance, answers, count_sample, walk
+from specforge.eval.acceptance import Columns, acceptance, answers, count_sample, domains_of
 from specforge.eval.bootstrap import poisson_weights
 from specforge.eval.walked import Walked, walked_answers
 
@@ -107,7 +107,6 @@ def test_walk_is_left_out_where_the_text_is_not_the_targets() -> None:
     assert "walk_acc_len" not in acceptance(counts, columns)
     counts[columns.matches] = 98
     assert acceptance(counts, columns)["walk_acc_len"] == 2.0
-    assert walk(counts, columns) == 2.0
 
 
 def test_poisson_weights_depend_on_seed_and_id_only() -> None:
@@ -117,3 +116,15 @@ def test_poisson_weights_depend_on_seed_and_id_only() -> None:
     assert (weights != poisson_weights(2, "a", 4000)).any()
     assert abs(weights.mean() - 1) < 0.1
     assert abs(weights.var() - 1) < 0.15
+
+
+def test_domains_by_the_names_of_numbers() -> None:
+    names = [
+        "eval/acc_len",
+        "eval/math/algebra/acc_len",
+        "eval/code/acc_len",
+        "eval/code/walk_acc_len",
+        "eval/ngram_acc_len",
+        "perf/x/acc_len",
+    ]
+    assert domains_of(names) == ["code", "math/algebra"]
