@@ -17,7 +17,7 @@ def run(words: Sequence[str]) -> int:
     given = parser.parse_args(words)
 
     from specforge.report.marks import MOST_RUNS
-    from specforge.report.page import page
+    from specforge.report.page import GENERATOR, page
     from specforge.report.run import Run
 
     if len(given.runs) > MOST_RUNS:
@@ -26,6 +26,8 @@ def run(words: Sequence[str]) -> int:
         )
     if given.out.is_dir():
         raise ConfigError(f"--out={str(given.out)!r}: is a folder; name the file, report.html for instance.")
+    if given.out.exists() and GENERATOR.encode() not in given.out.read_bytes()[:1000]:
+        raise ConfigError(f"--out={str(given.out)!r}: is there already, is no report, and is not overwritten; name another file.")
     html = page([Run.read(folder) for folder in given.runs])
     with files.writable(given.out.parent):
         given.out.parent.mkdir(parents=True, exist_ok=True)

@@ -18,6 +18,8 @@ from specforge.report.summary import summary, verdicts
 from specforge.report.texts import text_panels
 from specforge.report.training import speed_panels, training_panels
 
+GENERATOR = '<meta name="generator" content="specforge report">'
+"""By this a report is known; it stands among the first lines."""
 _HERE = Path(__file__).parent
 
 
@@ -34,6 +36,7 @@ def page(runs: Sequence[Run]) -> str:
     head = element(
         "head",
         Markup('<meta charset="utf-8">'),
+        Markup(GENERATOR),
         Markup('<meta http-equiv="Content-Security-Policy" content="{}">').format(policy),
         Markup('<meta name="viewport" content="width=device-width, initial-scale=1">'),
         Markup('<meta name="color-scheme" content="light dark">'),

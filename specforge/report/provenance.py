@@ -4,6 +4,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from specforge.eval.record import EvaluationRecord
 from specforge.report.markup import Markup, element, join
 from specforge.report.panel import table
 from specforge.report.run import Run
@@ -39,9 +40,16 @@ def _facts(run: Run) -> dict[str, str]:
         "first and last line (UTC)": f"{_moment(min(times))} to {_moment(max(times))}" if times else "-",
         "checkpoint of the evaluation": run.checkpoint or "-",
         "held-out rows": run.record.data if run.record else str(run.config.get("data", {}).get("eval_path") or "-"),
+        "on other rows": "; ".join(_elsewhere(record) for record in run.elsewhere) or "-",
         "evaluated (UTC)": _moment(run.record.time) if run.record else "while training",
         "evaluated with": ", ".join(f"{name} {value}" for name, value in made_with.items()) or "-",
     }
+
+
+def _elsewhere(record: EvaluationRecord) -> str:
+    walk = record.numbers.get("eval/walk_acc_len")
+    measured = "no walk" if walk is None else f"walk {walk:.3f}"
+    return f"{record.checkpoint}, {record.data}: {measured} on {record.numbers.get('eval/samples', '?')} samples"
 
 
 def _moment(seconds: float) -> str:

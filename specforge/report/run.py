@@ -36,7 +36,9 @@ class Run:
     state: dict[str, Any]
     """`state.json` of the checkpoint where the run stands; empty where there is none."""
     record: EvaluationRecord | None
-    """The evaluation of the best checkpoint or, without one, of the furthest that was evaluated."""
+    """The evaluation of the best checkpoint or, without one, of the furthest that was evaluated, on the rows that the training held out."""
+    elsewhere: list[EvaluationRecord]
+    """Evaluations on other rows."""
 
     @classmethod
     def read(cls, folder: Path) -> "Run":
@@ -50,7 +52,8 @@ class Run:
             raise CheckpointError(f"RUN={str(folder)!r}: holds no metrics.jsonl; give the output_dir of a training.")
         lines = read_metrics(metrics, superseded=False)
         complete, last, best, records = find_checkpoints(folder), newest(folder), read_best(folder), read_records(folder)
-        of_best = [record for record in records if best and record.checkpoint == best.checkpoint]
+        held_out = [record for record in records if record.held_out]
+        of_best = [record for record in held_out if best and record.checkpoint == best.checkpoint]
         branch = read_branch(folder)
         return cls(
             folder=folder,
@@ -62,7 +65,8 @@ class Run:
             best=best,
             checkpoints=[checkpoint.path.name for checkpoint in complete],
             state=files.read_object(last.path / "state.json", CheckpointError) if last else {},
-            record=next(iter([*of_best, *reversed(records)]), None),
+            record=next(iter([*of_best, *reversed(held_out)]), None),
+            elsewhere=[record for record in records if not record.held_out],
         )
 
     def renamed(self, name: str) -> "Run":

@@ -13,6 +13,7 @@ from specforge.config import load_config
 from specforge.eval.record import EvaluationRecord
 from tests.report.page import read
 from tests.report.runs import evaluation
+from tests.texts import make_text_target
 
 
 @pytest.fixture
@@ -73,3 +74,33 @@ def test_a_domain_is_printed_with_its_samples_and_intervals() -> None:
         name: value for name, value in evaluation(1.75).items() if not (name.startswith("eval/code/") and name.endswith(("_low", "_high")))
     }
     assert "walk, code                 1.625    1.312  12 samples" in acceptance_table(few).splitlines()
+
+
+def test_another_target_is_refused_before_it_is_loaded(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other = make_text_target(tmp_path / "target", seed=1)
+    assert main(["eval", str(run / "config.yaml"), f"model.target_path={other}", "--checkpoint", str(run / "latest")]) == 5
+    message = capsys.readouterr().err
+    assert "fingerprint" in message and message.rstrip().endswith("give the target of its training.")
+    assert not (run / "evaluations").exists()
+
+
+def test_an_evaluation_of_other_rows_has_a_record_of_its_own(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["eval", str(run / "config.yaml"), "--checkpoint", str(run / "latest")]
+    record = run / "evaluations" / "run-step40.json"
+    assert main([*command, "--live", "6"]) == 0
+    first = EvaluationRecord.read(record)
+    assert main([*command, "eval.max_samples=2"]) == 0
+    printed = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert main(["report", str(run), "--out", str(tmp_path / "report.html")]) == 0
+
+    assert EvaluationRecord.read(record) == first and len(list(record.parent.iterdir())) == 2
+    origin = next(read((tmp_path / "report.html").read_text()).all("figure", class_="origin"))
+    assert f"walk {printed['eval/walk_acc_len']:.3f} on 2 samples" in origin.text
+
+
+def test_a_plain_evaluation_keeps_what_live_decoding_showed(run: Path) -> None:
+    command = ["eval", str(run / "config.yaml"), "--checkpoint", str(run / "latest")]
+    assert [main([*command, "--live", "6"]), main([*command, "eval.draft_tokens=1"])] == [0, 0]
+    assert "eval/live/rounds" not in EvaluationRecord.read(run / "evaluations" / "run-step40.json").numbers, "other drafts, other rounds"
+    assert [main([*command, "--live", "6"]), main(command)] == [0, 0]
+    assert "eval/live/rounds" in EvaluationRecord.read(run / "evaluations" / "run-step40.json").numbers

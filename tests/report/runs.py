@@ -85,7 +85,7 @@ def write_run(
         }  # fmt: skip
         EvaluationRecord(
             checkpoint=f"step{10 * (len(walks) - 1)}", run_id=run_id, step=10 * (len(walks) - 1), time=1.0e9, made_with={"torch": "2.x"},
-            data="heldout.jsonl", numbers={**evaluation(walks[-1], domain), **calibration(), **LIVE},
+            data="heldout.jsonl", rows="0" * 64, held_out=True, numbers={**evaluation(walks[-1], domain), **calibration(), **LIVE},
             groups={version: [GROUPS] * 3 for version in ("raw", "platt", "temperature")}, texts=[text],
         ).write(folder)  # fmt: skip
     return folder

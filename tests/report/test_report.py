@@ -159,7 +159,7 @@ WALK = {"eval/walk_acc_len_by_draft_tokens": [1.5]}
         ("metrics.jsonl", '{"step": 1, "train/loss": "much"}\n', "train/loss='much' must be a number"),
         ("metrics.jsonl", '{"step": 1, "train/loss": 1, "train/accuracy": 2}\n', "train/accuracy=2 must be a list"),
         ("evaluations/step10.json", '{"format_version": 1', "step10.json: is not valid JSON"),
-        ("evaluations/step10.json", '{"format_version": 9}', "format_version must be 1"),
+        ("evaluations/step10.json", '{"format_version": 9}', "format_version must be 2"),
         ("evaluations/step10.json", {"groups": {"raw": [["x"]]}}, "groups.raw=[['x']]"),
         ("evaluations/step10.json", {"groups": {"raw": [[[1.0, 5.0, 0.5]]]}}, "groups.raw=[[[1.0, 5.0, 0.5]]]"),
         ("evaluations/step10.json", {"texts": [{"id": "x"}]}, "domain is missing"),
@@ -272,3 +272,12 @@ def test_the_state_is_that_of_the_branch_that_goes_on(tmp_path: Path) -> None:
         (run / name / "manifest.json").write_text("{}")
         (run / name / "state.json").write_text(json.dumps({"world_size": ranks}))
     assert cells(report(tmp_path, run).panel("Origin"), "ranks of the training") == ["2"]
+
+
+def test_a_report_replaces_reports_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run, out = write_run(tmp_path / "a", "a", [1.0, 2.0]), tmp_path / "page.html"
+    out.write_text("<!doctype html>\n<title>mine</title>")
+    assert main(["report", str(run), "--out", str(out)]) == 2
+    assert "is not overwritten; name another file" in capsys.readouterr().err and "mine" in out.read_text()
+    out.unlink()
+    assert [main(["report", str(run), "--out", str(out)]) for _ in range(2)] == [0, 0]
