@@ -1,18 +1,28 @@
 """The site that `scripts/docs.sh` builds: without a warning, whole, and on its own; and what is wrong with a page stops the build."""
 
 import dataclasses
+import functools
+import http.server
+import json
 import os
 import re
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from selenium.webdriver import Chrome, ChromeOptions
+from selenium.webdriver.chrome.service import Service
+from selenium.webdriver.common.by import By
+from selenium.webdriver.support.wait import WebDriverWait
 
 from specforge.config import RankingConfig, RunConfig
 from specforge.config.methods import METHODS
 from tests.doc_pages import ROOT
+from tests.long.test_report_browser import CHROMIUM, DRIVER, SWITCHES
 
 pytestmark = pytest.mark.long
 LOADED = {
@@ -126,6 +136,64 @@ def test_every_key_of_a_configuration_is_in_the_reference(site: Path) -> None:
 def test_no_section_of_a_docstring_has_an_unknown_title(site: Path) -> None:
     """Of such a section a box is made that can be folded, without a warning."""
     assert [str(page) for page in (site / "api").glob("*.html") if "<details" in page.read_text()] == []
+
+
+class Served(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, format: str, *args: object) -> None:
+        """Silent."""
+
+
+@pytest.fixture
+def address(site: Path) -> Iterator[str]:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Served, directory=site)) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/"
+        server.shutdown()
+
+
+@pytest.fixture
+def chromium(tmp_path: Path) -> Iterator[Chrome]:
+    options = ChromeOptions()
+    options.binary_location = str(CHROMIUM)
+    for switch in (*SWITCHES, f"--user-data-dir={tmp_path / 'profile'}"):
+        options.add_argument(switch)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    driver = Chrome(options=options, service=Service(str(DRIVER)))
+    yield driver
+    driver.quit()
+
+
+def show(chromium: Chrome, url: str, width: int, scheme: str) -> None:
+    """The page anew, as wide as a screen of so many CSS pixels, on a system with that colour scheme; waits for its paper."""
+    screen = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": width < 500}
+    chromium.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
+    chromium.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": scheme}]})
+    chromium.get(url)
+    paper = {"light": "rgb(255, 255, 255)", "dark": "rgb(30, 33, 41)"}[scheme]
+    colour = "return getComputedStyle(document.body).backgroundColor"
+    WebDriverWait(chromium, 30).until(lambda shown: shown.execute_script(colour) == paper, f"{url}: its paper is not {scheme}")
+
+
+@pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="chromium and chromedriver are not installed; see scripts/browser.sh")
+def test_it_is_read_on_a_phone_in_the_dark_searched_and_asks_nobody_else(address: str, chromium: Chrome) -> None:
+    for page in ("concepts", "troubleshooting", "api/configuration"):
+        for width, scheme in ((1280, "light"), (1280, "dark"), (360, "dark")):
+            show(chromium, f"{address}{page}.html", width, scheme)
+            wide, inner = chromium.execute_script("return [document.documentElement.scrollWidth, innerWidth]")
+            assert wide <= inner, f"{page} is {wide} pixels wide on a screen of {width}"
+
+    chromium.find_element(By.CSS_SELECTOR, "label.md-header__button[for=__search]").click()
+    field = chromium.find_element(By.CSS_SELECTOR, "input.md-search__input")
+    WebDriverWait(chromium, 30).until(lambda _: field.is_displayed())
+    field.send_keys("fewer accepted tokens at a temperature")
+    found = WebDriverWait(chromium, 60).until(lambda shown: shown.find_elements(By.CSS_SELECTOR, ".md-search-result__item"))
+    assert "Troubleshooting" in found[0].text
+
+    messages = [json.loads(entry["message"])["message"] for entry in chromium.get_log("performance")]
+    asked = {message["params"]["request"]["url"] for message in messages if message["method"] == "Network.requestWillBeSent"}
+    assert [url for url in asked if url.startswith(("http", "ws")) and not url.startswith(address)] == []
+    assert f"{address}search/search_index.json" in asked
+    assert chromium.get_log("browser") == []
 
 
 FAULTY = '''"""A module."""
