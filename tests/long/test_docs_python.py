@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from specforge.cli.__main__ import main
+from specforge.ranking.world import ClickWorld
 from tests.doc_pages import PAGES, ROOT, Block, blocks
 from tests.texts import make_text_target, write_rows
 
@@ -28,12 +30,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [configuration] = [block.text for block in blocks(ROOT / "README.md") if block.language == "yaml"]
     small = configuration.replace("/models/my-target", str(target)).replace("32000", "64").replace("batch_samples: 64", "batch_samples: 8")
     (folder / "my.yaml").write_text(small)
-    (folder / "configs").symlink_to(ROOT / "configs")
-    made = [
-        python(folder, "-m", "specforge.ranking.world", "--out", "runs/ranking/world", "--users", "48", "--eval-users", "200"),
-        python(folder, "-m", "specforge", "train", "configs/ranking/synthetic.yaml", "train.steps=1"),
-    ]
-    assert [done.returncode for done in made] == [0, 0], made[-1].stderr[-3000:]
+    of_clicks, ranking = ClickWorld(), folder / "runs" / "ranking"
+    settings = [f"output_dir={ranking / 'synthetic'}", "train.steps=1"]
+    for name, seed, users in (("train", 0, 48), ("eval", 1, 200)):
+        path = ranking / "world" / f"{name}.csv"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        of_clicks.draw(users, seed).save(path, name)
+        settings.append(f"data.{name}_path={path}")
+    assert main(["train", str(ROOT / "configs" / "ranking" / "synthetic.yaml"), *settings]) == 0
     return folder
 
 
