@@ -41,6 +41,22 @@ def test_counts_by_hand() -> None:
     assert numbers["walk_acc_len_by_draft_tokens"] == [4 / 3, 2.0]
 
 
+def test_the_example_of_the_concepts_page() -> None:
+    """Nine places, hard ones in the middle: rounds begin at 1, 4, 5, 6 and 7."""
+    ids_S, mask_S = np.arange(20, 31), np.arange(11) >= 1
+    proposals_SK = np.full((11, 2), -1)
+    for start in (1, 2, 3, 7, 8, 9):
+        proposals_SK[start, 0] = ids_S[start + 1]
+    for start in (1, 2, 3, 7, 8):
+        proposals_SK[start, 1] = ids_S[start + 2]
+    numbers = acceptance(count_sample(ids_S, mask_S, np.append(ids_S[1:], 0), proposals_SK), Columns(2))
+    assert numbers["walk_acc_len"] == 9 / 5
+    assert numbers["walk_histogram"] == [3, 0, 2]
+    assert numbers["acc_len"] == pytest.approx(1 + 6 / 9 + 5 / 9)
+    assert numbers["per_position_acc"] == [6 / 9, 5 / 8]
+    assert numbers["simulated_acc_len"] == pytest.approx(6 / 9 + 6 / 9 * 5 / 8)
+
+
 def test_an_oracle_reaches_the_longest_walk_and_a_mute_draft_walks_one_by_one() -> None:
     ids = np.arange(40) + 5
     mask = np.arange(40) >= 9
