@@ -51,9 +51,7 @@ def _for_all(config: Any, target: TargetConfig) -> str:
     if config.experts:
         return f"its feed-forwards are mixtures of {config.experts} experts, and engines know only dense ones in drafts"
     if config.aux_layer_ids[-1] >= target.num_hidden_layers:
-        return (
-            f"it reads hidden state {config.aux_layer_ids[-1]}, the output of its target's last layer, which engines do not hand to a draft"
-        )
+        return f"it reads hidden state {config.aux_layer_ids[-1]}, the output of its target's last layer, which engines do not hand over"
     rope = config.rope_parameters
     kind = rope.get("rope_type", "default")
     if kind not in TYPES:

@@ -218,7 +218,8 @@ def _dflash(
     known, types = registered("dflash"), tuple(block.get("layer_types") or ())
     with files.foreign(folder / "config.json", ExportError, "its options are none that DFlash has here"):
         options = known.options(
-            block_size=block.get("block_size", _BLOCK_SIZE), layers=layers["num_hidden_layers"], intermediate_size=layers["intermediate_size"],
+            block_size=block.get("block_size", _BLOCK_SIZE), layers=layers["num_hidden_layers"],
+            intermediate_size=layers["intermediate_size"],
             mask_token_id=block["mask_token_id"], layer_types=types,
             sliding_window=block.get("sliding_window") or 0 if "sliding_attention" in types else 0,
         )  # fmt: skip

@@ -189,6 +189,8 @@ def _speculators(keys: Keys) -> Network:
         raise inner.wrong("proposal_methods", "must list at least one, with its speculative_tokens")
     proposed = Keys(methods[0], f"{inner.where}: proposal_methods[0]")
     proposed.count("speculative_tokens")
+    proposed.exactly("verifier_accept_k", 1, "the target's own token alone is accepted")
+    proposed.exactly("accept_tolerance", 0.0, "the target's own token alone is accepted")
     inner.exactly("default_proposal_method", proposed.values.get("proposal_type"), "it is the first of the list")
     layers = keys.inner("transformer_layer_config", "vLLM builds the layers from it")
     for part in (keys, layers):
