@@ -160,6 +160,8 @@ def _eagle3(
     residual = stored.get("norm_before_residual", "speculators_model_type" in stored)
     if residual is not False:
         raise ExportError(f"{folder}/config.json: norm_before_residual is true, or not said; drafts here add the plain feature.")
+    if stored.get("tie_word_embeddings") or (stored.get("eagle_config") or {}).get("use_aux_hidden_state") is False:
+        raise ExportError(f"{folder}/config.json: its head is its embedding, or it captures no layers; drafts here have both of their own.")
     record = files.read_object(folder / _RECORD, ExportError) if (folder / _RECORD).exists() else {}
     tokens = draft_tokens or record.get("draft_tokens") or _proposed(stored)
     if not files.is_a(tokens, int):

@@ -110,6 +110,11 @@ def test_norms_by_their_old_and_nested_names(exported: Saved, tables: TargetTabl
     imported = read_layout(folder, tables, 3)
     assert imported.options.fc_norm and torch.equal(imported.tensors["fc_norm.1.weight"], plain["fc_norm.1.weight"].bfloat16())
 
+    for change in ({"tie_word_embeddings": True}, {"eagle_config": {"use_aux_hidden_state": False}}):
+        (folder / "config.json").write_text(json.dumps({**json.loads((folder / "config.json").read_text()), **change}))
+        with pytest.raises(ExportError, match="its head is its embedding, or it captures no layers"):
+            read_layout(folder, tables, 3)
+
     folder = exported("eagle3", "vllm", norm_before_fc=True, rope="default")
     rewrite(folder, lambda values: values.pop("norm_before_fc"))
     assert read_layout(folder, tables, 3).options.norm_before_fc
