@@ -241,6 +241,13 @@ def test_a_changed_block_folder_of_speculators(mutation: str, exported: Saved, c
     assert_refused(exported("dspark", "speculators"), *SPECULATORS_BLOCK[mutation], capsys)
 
 
+@pytest.mark.parametrize("direction", ["causal", "is_causal"])
+def test_one_direction_for_layers_of_two(direction: str, exported: Saved, capsys: pytest.CaptureFixture[str]) -> None:
+    """Sliding layers look back alone, full ones do not, and either key would give all layers one direction."""
+    folder = exported("dflash", "sglang", rope="yarn", layers=2, layer_types=("sliding_attention", "full_attention"), sliding_window=3)
+    assert_refused(folder, config(lambda c: c["dflash_config"].update({direction: False})), "give all layers one direction", capsys)
+
+
 def test_d2t_that_counts_is_named_where_nothing_else_is_known(exported: Saved) -> None:
     """Without record and manifest, as from somebody else; and the whole vocabulary has zeros."""
     folder = exported("eagle3", "sglang", draft_vocab_size=0, rope="yarn")
