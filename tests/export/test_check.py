@@ -77,6 +77,12 @@ def indexed(folder: Path) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"fc.weight": "../other.safetensors"}}))
 
 
+def piped(folder: Path) -> None:
+    """Reading it would wait for its writer."""
+    (folder / "config.json").unlink()
+    os.mkfifo(folder / "config.json")
+
+
 def pickled(folder: Path) -> None:
     (folder / "mask_embedding.pt").write_bytes(b"")
 
@@ -154,7 +160,7 @@ EAGLE: dict[str, tuple[Change, str]] = {
     "an index": (indexed, r"index\.json: engines look for weights where it says"),
     "a key twice": (said_twice, r"a key occurs twice"),
     "a byte order mark": (prefixed(b"\xef\xbb\xbf"), r"not valid JSON"),
-    "a pipe": (lambda folder: ((folder / "config.json").unlink(), os.mkfifo(folder / "config.json")), r"config\.json: is no file"),
+    "a pipe": (piped, r"config\.json: is no file"),
     "another eps": (config(lambda c: c.update(rms_norm_eps=1e-2)), r"config\.json: its SHA-256"),
 }  # fmt: skip
 
