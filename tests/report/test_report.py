@@ -225,7 +225,9 @@ def test_what_the_draft_is_worth(tmp_path: Path) -> None:
     for run in runs[:2]:
         write_best(run, "step10", 10, 1.75)
     write_best(runs[2], "step5", 5, 1.5)
-    above, within, below = facts(report(tmp_path, *runs))
+    runs.append(write_run(tmp_path / "unsaved", "unsaved", [1.0, 1.5], recorded=False))
+    write_best(runs[3], "step5", 5, 1.5)
+    above, within, below, unsaved = facts(report(tmp_path, *runs))
     assert above == [
         "0.375 above an n-gram drafter's 1.375 (95 %: 1.25–1.50): the intervals do not touch",
         "Live decoding of 3 samples: 1.719; the walk of the same samples is 1.719",
@@ -236,6 +238,9 @@ def test_what_the_draft_is_worth(tmp_path: Path) -> None:
     assert within[0] == "Not told apart from an n-gram drafter's 1.375 (95 %: 1.25–1.50): the intervals overlap"
     assert below[0] == "0.312 below an n-gram drafter's 1.375 (95 %: 1.25–1.50): the n-gram drafter costs nothing and is better"
     assert below[3] == "Numbers of step10, which is not the best checkpoint: that is step5"
+    assert unsaved[3] == "Numbers of step 10, which is not the best checkpoint: that is step5", (
+        "an evaluation of the training, not a checkpoint's"
+    )
 
 
 def write_best(run: Path, checkpoint: str, step: int, score: float) -> None:
