@@ -59,11 +59,11 @@ def build_encoder(config: RunConfig) -> Encoder:
 
 
 def rows_of(config: RunConfig, split: str) -> list[Row]:
-    """The rows of `train` or `eval`: the file of that name, else a share of the training file by a hash of the id."""
+    """The rows of `train` or `eval`: the file of that name, else a share of the training file by a hash of the id. `all`: all of that file."""
     if split == "eval" and config.data.eval_path:
         return list(read_rows(config.data.eval_path))
     rows = list(read_rows(config.data.train_path))
-    if config.data.eval_path:
+    if config.data.eval_path or split == "all":
         return rows
     train, heldout = split_rows(rows, config.data.eval_fraction)
     return train if split == "train" else heldout

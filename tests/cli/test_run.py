@@ -212,6 +212,14 @@ def test_show_marks_the_answer(prepared: tuple[Path, list[str]], capsys: pytest.
     assert shown.index("<|assistant|>") < shown.index("⟦")
 
 
+def test_show_needs_no_held_out_rows(prepared: tuple[Path, list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, settings = prepared
+    words = [word for word in settings if not word.startswith("data.eval_path")]
+    words += [f"data.train_path={write_rows(tmp_path / 'rows.jsonl', 3)}", "--show", "5"]
+    assert main(["prepare", str(folder / "c.yaml"), *words]) == 0
+    assert [line.split(",")[0] for line in capsys.readouterr().out.splitlines() if line.startswith("---")] == ["--- r0", "--- r1", "--- r2"]
+
+
 def test_plan_writes_nothing(prepared: tuple[Path, list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder, settings = prepared
     run = tmp_path / "run"
