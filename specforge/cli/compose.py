@@ -24,6 +24,7 @@ from specforge.eval.live import decode_answers, live_numbers
 from specforge.eval.record import EvaluationRecord
 from specforge.eval.simulate import simulate
 from specforge.features.loader import FeatureDataLoader
+from specforge.features.overlap import why_not_held_out
 from specforge.features.store import LocalFeatureStore
 from specforge.features.target import Target
 from specforge.log.run_log import RunLog
@@ -80,6 +81,8 @@ def build_controller(config: RunConfig, world: World) -> TrainerController:
         undo.callback(checkpoints.release)
         world.on_main(lambda: write_config(folder, config))
         heldout, store = prepare_features(config, tables, world)
+        if world.is_main and (shared := why_not_held_out(heldout, store, config.data.exclude_ids)):
+            print(f"Warning: {shared}", file=sys.stderr)
 
         randomness.seed_all(config.seed, world.rank)
         implementation, options = registered(config.method.name).load(), config.method.options

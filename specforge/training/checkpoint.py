@@ -133,7 +133,8 @@ class CheckpointManager:
             if newest(self.folder) is not None:
                 untouched, go_on = "Earlier checkpoints are untouched", f"continue with train.resume_from={self.folder}/latest"
             raise CheckpointError(
-                f"checkpoint {name} was not saved: {error} {untouched}; make room or give {str(self.folder)!r} back its rights, then {go_on}."
+                f"checkpoint {name} was not saved: {error} {untouched}; "
+                f"make room or give {str(self.folder)!r} back its rights, then {go_on}."
             ) from error
 
     def _stage(self, final: Path, draft_config: dict[str, Any], stored: dict[str, Any]) -> str:

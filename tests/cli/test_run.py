@@ -169,6 +169,23 @@ def test_features_of_other_layers_and_damaged_shards_are_refused(
     assert shard.name in fails(base, 4, capsys), "truncated"
 
 
+def test_a_folder_that_holds_no_features_is_named_before_the_target_is_loaded(
+    prepared: tuple[Path, list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, settings = prepared
+    run = tmp_path / "run"
+    words = [str(folder / "c.yaml"), *settings, f"output_dir={tmp_path / 'other'}", f"features.path={run / 'features'}", "train.steps=1"]
+    (run / "features").mkdir(parents=True)
+    loads = Target.loads
+    assert f"features.path='{run}/features': is no folder of features" in fails(["train", *words], 4, capsys)
+    (run / "features" / "train").mkdir()
+    (run / "features" / "train" / "manifest.json").write_text("{}")
+    for command in (["train", *words], ["train", *words, "--plan"], ["prepare", *words]):
+        assert f"features.path='{run}/features': is no folder of features" in (message := fails(command, 4, capsys))
+        assert f"give '{run}/features/train'." in message
+    assert Target.loads == loads
+
+
 def test_a_tokenizer_without_chat_template(prepared: tuple[Path, list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder, settings = prepared
     bare = make_text_target(tmp_path / "bare", template="")
@@ -227,6 +244,21 @@ def test_plan_writes_nothing(prepared: tuple[Path, list[str]], tmp_path: Path, c
     plan = capsys.readouterr().out
     assert "12 of 4 samples" in plan, "24 samples twice, 4 at a time"
     assert not run.exists()
+
+
+def test_held_out_rows_that_are_trained_on_are_told(
+    prepared: tuple[Path, list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The six held-out prompts of this folder are the first six of training, and greedy decoding answered them alike."""
+    folder, settings = prepared
+    base = ["train", str(folder / "c.yaml"), *settings, f"output_dir={tmp_path / 'run'}", "train.steps=1"]
+    told = "Warning: 6 of 6 held-out samples are trained on too: r0, r1, r2, r3, r4, ...; "
+    assert main([*base, "--plan"]) == 0
+    assert capsys.readouterr().out.count(told) == 1
+    assert main(base) == 0
+    assert capsys.readouterr().err.count(told) == 1
+    assert main([*base, "data.exclude_ids=[r0,r1,r2,r3,r4,r5]", "--plan"]) == 0
+    assert "trained on too" not in capsys.readouterr().out
 
 
 def test_commands_explain_themselves(capsys: pytest.CaptureFixture[str]) -> None:
