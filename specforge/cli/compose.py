@@ -1,14 +1,16 @@
 """From a RunConfig to a ready controller; `build_controller` is what the command line, scripts and tests call."""
 
+import itertools
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from specforge.cli.continuing import continued, horizon, refuse_other_settings, settings_of, starting_point, write_config
 from specforge.cli.evaluation import TEXTS_OF_DOMAIN, record_of
@@ -111,8 +113,24 @@ def build_controller(config: RunConfig, world: World) -> TrainerController:
     return TrainerController(
         config=config.train, total_steps=total_steps, method=method, backend=backend, data=data, checkpoints=checkpoints, log=log,
         world=world, state=state, settings=contract(config) | {"target_fingerprint": heldout.meta.target_fingerprint},
-        evaluate=lambda: evaluator.evaluate(method, backend), seed=config.seed,
+        evaluate=_evaluation(config, evaluator, method, backend, world), seed=config.seed,
     )  # fmt: skip
+
+
+def _evaluation(
+    config: RunConfig, evaluator: Evaluator, method: Any, backend: FSDPTrainingBackend, world: World
+) -> Callable[[], dict[str, Any]]:
+    """What a training calls to evaluate; the first time it says why the walk is left out, where it is."""
+    evaluations = itertools.count()
+
+    def evaluate() -> dict[str, Any]:
+        numbers = evaluator.evaluate(method, backend)
+        if next(evaluations) == 0 and world.is_main and (reason := why_no_walk(numbers)):
+            picked_by = config.checkpoint.best_metric or "eval/acc_len"
+            tqdm.write(f"Warning: {reason} The best checkpoint is picked by {picked_by}.", file=sys.stderr)
+        return numbers
+
+    return evaluate
 
 
 def _check_contract(config: RunConfig, stored: dict[str, Any], checkpoint: Checkpoint, *, weights_only: bool) -> None:

@@ -261,6 +261,23 @@ def test_held_out_rows_that_are_trained_on_are_told(
     assert "trained on too" not in capsys.readouterr().out
 
 
+def test_answers_that_are_not_the_targets_own_are_told_once(
+    prepared: tuple[Path, list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The very sentence of `specforge eval`; of the target's own answers nothing is said."""
+    folder, settings = prepared
+    run = tmp_path / "run"
+    base = ["train", str(folder / "c.yaml"), *settings, "train.steps=2", "train.eval_every=1"]
+    rows = write_rows(tmp_path / "rows.jsonl", 6)
+    assert main([*base, f"output_dir={run}", f"data.eval_path={rows}"]) == 0
+    told = capsys.readouterr().err
+    assert main(["eval", str(run / "config.yaml"), "--checkpoint", str(run / "best")]) == 0
+    reason = next(line for line in capsys.readouterr().err.splitlines() if line.startswith("walk_acc_len is left out: "))
+    assert told.count("walk_acc_len") == 1 == told.count(f"Warning: {reason} The best checkpoint is picked by eval/acc_len.\n")
+    assert main([*base, f"output_dir={tmp_path / 'own'}"]) == 0
+    assert "left out" not in capsys.readouterr().err
+
+
 def test_commands_explain_themselves(capsys: pytest.CaptureFixture[str]) -> None:
     for command in COMMANDS:
         with pytest.raises(SystemExit) as ended:
