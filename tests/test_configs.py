@@ -28,6 +28,7 @@ from specforge.config import dump_config, load_config, load_task
 from specforge.config.methods import METHODS, registered
 from specforge.data.vocabulary import DraftVocabulary
 from specforge.demo import target_report
+from specforge.errors import ConfigError
 from specforge.features.store import FeatureMeta
 from specforge.features.tables import TargetConfig, TargetTables
 from specforge.features.target import Target, aux_layer_ids
@@ -54,6 +55,13 @@ def test_a_recipe_loads_and_survives_its_dump(path: Path, tmp_path: Path) -> Non
 def test_words_win_over_the_file() -> None:
     config = load_config(CONFIGS[0], ["train.steps=7", "model.aux_layer_ids=[1,3]"])
     assert (config.train.steps, config.model.aux_layer_ids) == (7, (1, 3))
+
+
+@pytest.mark.parametrize("rate", ["0", "1.01", "1e38", ".nan"])
+def test_a_learning_rate_that_no_draft_survives_is_refused(rate: str) -> None:
+    assert load_config(CONFIGS[0], ["train.learning_rate=1"]).train.learning_rate == 1
+    with pytest.raises(ConfigError, match=r"train\.learning_rate=.*must be positive and at most 1"):
+        load_config(CONFIGS[0], [f"train.learning_rate={rate}"])
 
 
 @dataclass(frozen=True)

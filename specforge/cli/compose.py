@@ -1,14 +1,16 @@
 """From a RunConfig to a ready controller; `build_controller` is what the command line, scripts and tests call."""
 
+import itertools
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from specforge.cli.continuing import continued, horizon, refuse_other_settings, settings_of, starting_point, write_config
 from specforge.cli.draft import require_same_target
@@ -25,6 +27,7 @@ from specforge.eval.live import decode_answers, live_numbers
 from specforge.eval.record import EvaluationRecord, rows_digest
 from specforge.eval.simulate import simulate
 from specforge.features.loader import FeatureDataLoader
+from specforge.features.overlap import why_not_held_out
 from specforge.features.store import LocalFeatureStore
 from specforge.features.target import Target
 from specforge.log.run_log import RunLog
@@ -81,6 +84,8 @@ def build_controller(config: RunConfig, world: World) -> TrainerController:
         undo.callback(checkpoints.release)
         world.on_main(lambda: write_config(folder, config))
         heldout, store = prepare_features(config, tables, world)
+        if world.is_main and (shared := why_not_held_out(heldout, store, config.data.exclude_ids)):
+            print(f"Warning: {shared}", file=sys.stderr)
 
         randomness.seed_all(config.seed, world.rank)
         implementation, options = registered(config.method.name).load(), config.method.options
@@ -110,8 +115,24 @@ def build_controller(config: RunConfig, world: World) -> TrainerController:
     return TrainerController(
         config=config.train, total_steps=total_steps, method=method, backend=backend, data=data, checkpoints=checkpoints, log=log,
         world=world, state=state, settings=contract(config) | remembered,
-        evaluate=lambda: evaluator.evaluate(method, backend), seed=config.seed,
+        evaluate=_evaluation(config, evaluator, method, backend, world), seed=config.seed,
     )  # fmt: skip
+
+
+def _evaluation(
+    config: RunConfig, evaluator: Evaluator, method: Any, backend: FSDPTrainingBackend, world: World
+) -> Callable[[], dict[str, Any]]:
+    """What a training calls to evaluate; the first time it says why the walk is left out, where it is."""
+    evaluations = itertools.count()
+
+    def evaluate() -> dict[str, Any]:
+        numbers = evaluator.evaluate(method, backend)
+        if next(evaluations) == 0 and world.is_main and (reason := why_no_walk(numbers)):
+            picked_by = config.checkpoint.best_metric or "eval/acc_len"
+            tqdm.write(f"Warning: {reason} The best checkpoint is picked by {picked_by}.", file=sys.stderr)
+        return numbers
+
+    return evaluate
 
 
 def _check_contract(config: RunConfig, stored: dict[str, Any], checkpoint: Checkpoint, *, weights_only: bool) -> None:

@@ -84,7 +84,7 @@ def _prompt_ids(row: Row, encoder: Encoder) -> np.ndarray:
     sample = encoder.encode(row)
     first = [len(sample.input_ids), *(first for first, _ in answers(sample.loss_mask))][-1]
     if first == 0:
-        raise DataError(f"Row {row.id!r} holds an answer only: nothing is asked; give it a prompt or leave it out.")
+        raise DataError(f"{row.name} holds an answer only: nothing is asked; give it a prompt or leave it out.")
     return sample.input_ids[:first]
 
 

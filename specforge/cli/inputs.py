@@ -16,7 +16,7 @@ from specforge.config.schema import EvalConfig
 from specforge.data.conversations import Message, Row, prompt_of, read_rows, split_rows
 from specforge.data.template import EncodedSet, Encoder, encode_all
 from specforge.distributed import World
-from specforge.errors import ConfigError
+from specforge.errors import ConfigError, FeatureError
 from specforge.eval.cache import EvalCache
 from specforge.features.capture import capture_features
 from specforge.features.online import OnlineFeatureStore
@@ -59,11 +59,14 @@ def build_encoder(config: RunConfig) -> Encoder:
 
 
 def rows_of(config: RunConfig, split: str) -> list[Row]:
-    """The rows of `train` or `eval`: the file of that name, else a share of the training file by a hash of the id."""
+    """The rows of `train` or `eval`: the file of that name, else a share of the training file by a hash of the id.
+
+    `all` is the whole training file.
+    """
     if split == "eval" and config.data.eval_path:
         return list(read_rows(config.data.eval_path))
     rows = list(read_rows(config.data.train_path))
-    if config.data.eval_path:
+    if config.data.eval_path or split == "all":
         return rows
     train, heldout = split_rows(rows, config.data.eval_fraction)
     return train if split == "train" else heldout
@@ -199,10 +202,22 @@ def train_store(config: RunConfig, meta: FeatureMeta, target: Callable[[], Targe
     )  # fmt: skip
 
 
+def has_features(config: RunConfig) -> bool:
+    """Whether the training features are on disk. Raises FeatureError where a folder of something else has their place."""
+    folder = Paths.of(config).features
+    if not folder.is_dir() or (folder / files.MANIFEST).is_file():
+        return folder.is_dir()
+    below = folder / "train"
+    raise FeatureError(
+        f"features.path={str(folder)!r}: is no folder of features, it has no {files.MANIFEST}; "
+        + (f"give {str(below)!r}." if (below / files.MANIFEST).is_file() else "give one that was captured, or a name that is free.")
+    )
+
+
 def captured_store(config: RunConfig, meta: FeatureMeta, target: Callable[[], Target], world: World) -> LocalFeatureStore:
     """The training features on disk, captured if they are not there."""
     folder = Paths.of(config).features
-    if not world.on_main(folder.is_dir):
+    if not world.on_main(lambda: has_features(config)):
         capture(config, "train", folder, meta, target, world)
     store = LocalFeatureStore(folder)
     fields = ("target_fingerprint", "aux_layer_ids", "dtype", "template_digest", "max_length", "mask_options", "teacher_top_k")
@@ -229,6 +244,8 @@ def eval_store(config: RunConfig, meta: FeatureMeta, target: Callable[[], Target
 
 def prepare_features(config: RunConfig, tables: TargetTables, world: World) -> tuple[LocalFeatureStore, FeatureStore]:
     """Held-out and training features; what is kept is captured where it is not there yet."""
+    if config.features.source == "offline":
+        world.on_main(lambda: has_features(config))
     meta, target = feature_meta(config, tables, world), LazyTarget(config, world)
     return eval_store(config, meta, target, world), train_store(config, meta, target, world)
 

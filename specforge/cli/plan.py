@@ -1,9 +1,11 @@
 """What a run will cost, before it starts: steps, tokens, memory and disk."""
 
 from specforge.cli.continuing import horizon
-from specforge.cli.inputs import Paths, captured_layers, encode, read_tables
+from specforge.cli.inputs import Paths, captured_layers, encode, has_features, read_tables
 from specforge.config import RunConfig
 from specforge.config.methods import registered
+from specforge.features.overlap import why_not_held_out
+from specforge.features.source import EncodedSamples
 from specforge.features.store import LocalFeatureStore, bytes_per_token
 from specforge.training.state import TrainState
 
@@ -13,8 +15,9 @@ def describe(config: RunConfig) -> str:
     tables = read_tables(config)
     target, layers = tables.config, captured_layers(config, tables.config.num_hidden_layers)
     folder, features = Paths.of(config).features, config.features
-    captured = features.source == "offline" and folder.is_dir()
-    lengths = LocalFeatureStore(folder).lengths.tolist() if captured else [len(s.input_ids) for s in encode(config, "train").samples]
+    captured = features.source == "offline" and has_features(config)
+    store = LocalFeatureStore(folder) if captured else EncodedSamples(encode(config, "train").samples)
+    lengths = store.lengths.tolist()
     steps, samples = horizon(config, len(lengths), TrainState(config.run_id))
     tokens = sum(lengths) * samples // len(lengths)
     stored_tokens = {
@@ -36,4 +39,5 @@ def describe(config: RunConfig) -> str:
         f"{'features on disk':<26}{feature_bytes / 2**20:.0f} MiB, {features.source}" + (" (there already)" if captured else ""),
         f"{'one checkpoint':<26}{parameters * 12 / 2**20:.0f} MiB",
     ]
-    return "\n".join(lines)
+    shared = why_not_held_out(EncodedSamples(encode(config, "eval").samples), store, config.data.exclude_ids)
+    return "\n".join([*lines, f"Warning: {shared}"] if shared else lines)

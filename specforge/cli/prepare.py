@@ -15,7 +15,7 @@ def run(words: Sequence[str]) -> int:
     )
     parser.add_argument("config", help="YAML file of the run")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that win over the file")
-    parser.add_argument("--show", type=int, metavar="N", help="print N samples, the supervised tokens marked, and stop")
+    parser.add_argument("--show", type=int, metavar="N", help="print N samples of data.train_path, the supervised tokens marked, and stop")
     parser.add_argument("--regenerate", metavar="OUT.jsonl", help="write the target's own answers to the rows of data.train_path, and stop")
     parser.add_argument("--max-new-tokens", type=int, default=1024, help="length limit of an answer (default 1024)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0: greedy (default)")
@@ -29,7 +29,7 @@ def run(words: Sequence[str]) -> int:
     from specforge.distributed import World
 
     if given.show is not None:
-        samples = inputs.encode(config, "train").samples
+        samples = inputs.encode(config, "all").samples
         print(show(samples, inputs.load_tokenizer(config), given.show, colour=sys.stdout.isatty()))
         return 0
     world = World.join()

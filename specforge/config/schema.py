@@ -155,7 +155,13 @@ class TrainConfig:
         require_at_least("train", 0, steps=self.steps, warmup_steps=self.warmup_steps, weight_decay=self.weight_decay)
         require_at_least("train", 0, eval_every=self.eval_every, save_every=self.save_every)
         require_at_least("train", 1, epochs=self.epochs, batch_samples=self.batch_samples, log_every=self.log_every)
-        require(self.learning_rate > 0, "train.learning_rate", self.learning_rate, "must be positive", "1e-4 is a common start")
+        require(
+            0 < self.learning_rate <= 1,
+            "train.learning_rate",
+            self.learning_rate,
+            "must be positive and at most 1, for AdamW moves a weight by about so much a step",
+            "1e-4 is a common start",
+        )
         for key in ("beta1", "beta2"):
             require(0 <= getattr(self, key) < 1, f"train.{key}", getattr(self, key), "must lie in [0, 1)", "0.9 and 0.95 are common")
         require(self.clip_norm > 0, "train.clip_norm", self.clip_norm, "must be positive", "use a large number to switch clipping off")

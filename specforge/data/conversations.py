@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from specforge.errors import DataError
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 _CONTENTS = ("conversations", "text", "input_ids")
+_CORRECT = "correct the row or remove it"
 
 Message = dict[str, Any]
 Tools = list[Any]
@@ -34,6 +35,13 @@ class Row:
     text: str | None = None
     input_ids: list[int] | None = None
     loss_mask: list[int] | None = None
+    place: str = field(default="", compare=False)
+    """Where it was read, as `file:line`."""
+
+    @property
+    def name(self) -> str:
+        """What a message calls it."""
+        return f"{self.place}: Row {self.id!r}" if self.place else f"Row {self.id!r}"
 
 
 def read_rows(path: str | Path) -> list[Row]:
@@ -50,7 +58,7 @@ def read_rows(path: str | Path) -> list[Row]:
     line_of_id: dict[str, int] = {}
     for number, record in records:
         try:
-            row = parse_row(record)
+            row = replace(parse_row(record), place=f"{path}:{number}")
         except DataError as error:
             raise DataError(f"{path}:{number}: {error}") from None
         if row.id in line_of_id:
@@ -74,7 +82,8 @@ def parse_row(record: object) -> Row:
     if present == ["conversations", "input_ids"]:  # the very tokens that a target answered with, beside what they say
         present = ["input_ids"]
     if len(present) != 1:
-        raise DataError(f"keys {sorted(record)}: a row holds exactly one of {', '.join(_CONTENTS)}; it has {len(present)} of them.")
+        hint = "; `messages` is called conversations here" if not present and "messages" in record else ""
+        raise DataError(f"keys {sorted(record)}: a row holds exactly one of {', '.join(_CONTENTS)}; it has {len(present)} of them{hint}.")
     row_id, domain = _id_of(record), record.get("domain", "")
     _require(isinstance(domain, str), "domain", domain, "must be a string")
     if present == ["conversations"]:
@@ -110,10 +119,10 @@ def prompt_of(row: Row) -> list[Message]:
     A conversation that ends with another role is a prompt as it stands. Raises DataError for rows that are not conversations.
     """
     if row.messages is None:
-        raise DataError(f"Row {row.id!r} is no conversation: only rows with `conversations` can be answered again by the target.")
+        raise DataError(f"{row.name} is no conversation: only rows with `conversations` can be answered again by the target.")
     prompt = row.messages[:-1] if row.messages[-1]["role"] == "assistant" else row.messages
     if not prompt:
-        raise DataError(f"Row {row.id!r} holds an assistant turn only: nothing is asked; begin it with a user turn.")
+        raise DataError(f"{row.name} holds an assistant turn only: nothing is asked; begin it with a user turn.")
     return prompt
 
 
@@ -125,7 +134,8 @@ def _json_records(path: Path) -> Iterator[tuple[int, object]]:
             try:
                 yield number, json.loads(line)
             except ValueError as error:
-                raise DataError(f"{path}:{number}: not a line of JSON in UTF-8 ({error}); every line holds one object.") from None
+                way_out = "it looks like UTF-16, so save the file as UTF-8" if b"\0" in line else "every line holds one object"
+                raise DataError(f"{path}:{number}: not a line of JSON in UTF-8 ({error}); {way_out}.") from None
 
 
 def _parquet_records(path: Path) -> Iterator[tuple[int, object]]:
@@ -164,9 +174,14 @@ def _message(turn: Any, number: int) -> Message:
     _require(isinstance(turn, dict), key, turn, "must be an object with role and content")
     message = {name: value for name, value in turn.items() if value is not None}
     role, content = message.get("role"), message.get("content")
-    _require(role in ROLES, f"{key}.role", role, f"must be one of {', '.join(ROLES)}")
+    sharegpt = "give role and content instead of from and value, user for human and assistant for gpt"
+    _require(role in ROLES, f"{key}.role", role, f"must be one of {', '.join(ROLES)}", sharegpt if "from" in message else _CORRECT)
     called = role == "assistant" and bool(message.get("tool_calls"))
-    _require(isinstance(content, str) or (content is None and called), f"{key}.content", content, "must be a string")
+    in_parts = "join the texts of its parts into one"
+    _require(
+        isinstance(content, str) or (content is None and called),
+        f"{key}.content", content, "must be a string", in_parts if isinstance(content, list) else _CORRECT,
+    )  # fmt: skip
     return message
 
 
@@ -180,10 +195,10 @@ def _whole_numbers(values: object) -> bool:
     return isinstance(values, list) and all(isinstance(value, int) and not isinstance(value, bool) for value in values)
 
 
-def _require(condition: bool, key: str, value: object, rule: str) -> None:
+def _require(condition: bool, key: str, value: object, rule: str, way_out: str = _CORRECT) -> None:
     if not condition:
         shown = repr(value)
-        raise DataError(f"{key}={shown if len(shown) <= 80 else shown[:77] + '...'}: {rule}; correct the row or remove it.")
+        raise DataError(f"{key}={shown if len(shown) <= 80 else shown[:77] + '...'}: {rule}; {way_out}.")
 
 
 def _uniform(row_id: str) -> float:

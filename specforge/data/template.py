@@ -93,7 +93,7 @@ class Encoder:
         try:
             ids, mask = self._tokens(row)
         except DataError as error:
-            raise DataError(f"Row {row.id!r}: {error}") from None
+            raise DataError(f"{row.name}: {error}") from None
         cut = self._max_length
         return Sample(row.id, row.domain, ids[:cut].astype(np.int32), mask[:cut], truncated=len(ids) > cut)
 

@@ -57,11 +57,10 @@ class FeatureStore(SpanStore, Protocol):
     def take(self, span: Span, numbers: Sequence[int]) -> list[SampleFeatures]: ...
 
 
-class EncodedStore:
-    """The part of a store that follows from the encoded samples alone."""
+class EncodedSamples:
+    """What is known of samples once they are encoded, and no target was asked."""
 
-    def __init__(self, samples: Sequence[Sample], meta: FeatureMeta) -> None:
-        self.meta = meta
+    def __init__(self, samples: Sequence[Sample]) -> None:
         self.samples = samples
         self.ids = [sample.id for sample in samples]
         require_unique(self.ids)
@@ -72,10 +71,6 @@ class EncodedStore:
     def __len__(self) -> int:
         return len(self.ids)
 
-    @property
-    def aux_layer_ids(self) -> tuple[int, ...]:
-        return self.meta.aux_layer_ids
-
     def tokens(self, number: int) -> tuple[torch.Tensor, torch.Tensor]:
         sample = self.samples[number]
         return torch.tensor(sample.input_ids, dtype=torch.int32), torch.tensor(sample.loss_mask, dtype=torch.bool)
@@ -85,6 +80,18 @@ class EncodedStore:
         for sample in self.samples:
             counts += np.bincount(sample.input_ids[sample.loss_mask], minlength=vocab_size)
         return counts
+
+
+class EncodedStore(EncodedSamples):
+    """The part of a store that follows from the encoded samples alone."""
+
+    def __init__(self, samples: Sequence[Sample], meta: FeatureMeta) -> None:
+        super().__init__(samples)
+        self.meta = meta
+
+    @property
+    def aux_layer_ids(self) -> tuple[int, ...]:
+        return self.meta.aux_layer_ids
 
     def reading(self, spans: Spans, position: int) -> AbstractContextManager[None]:
         return nullcontext()

@@ -32,6 +32,7 @@ from specforge.training.run_folder import (
     Checkpoint,
     best_of,
     find_checkpoints,
+    newest,
     read_best,
     read_state,
 )
@@ -128,9 +129,12 @@ class CheckpointManager:
         try:
             return self._writers.on_main(act)
         except (OSError, SpecForgeError) as error:
+            untouched, go_on = "No checkpoint was complete before it", "give the same command again"
+            if newest(self.folder) is not None:
+                untouched, go_on = "Earlier checkpoints are untouched", f"continue with train.resume_from={self.folder}/latest"
             raise CheckpointError(
-                f"checkpoint {name} was not saved: {error} Earlier checkpoints are untouched; "
-                f"make room or give {str(self.folder)!r} back its rights, then continue with train.resume_from={self.folder}/latest."
+                f"checkpoint {name} was not saved: {error} {untouched}; "
+                f"make room or give {str(self.folder)!r} back its rights, then {go_on}."
             ) from error
 
     def _stage(self, final: Path, draft_config: dict[str, Any], stored: dict[str, Any]) -> str:

@@ -114,7 +114,7 @@ def resolve(path: Path, key: str = "checkpoint") -> Checkpoint:
         CheckpointError: there is no complete checkpoint at that path.
     """
     complete = find_checkpoints(path.parent)
-    found = None
+    found, why = None, ""
     if path.name == "latest":
         found = newest(path.parent)
     elif path.name == "best":
@@ -123,24 +123,38 @@ def resolve(path: Path, key: str = "checkpoint") -> Checkpoint:
     else:
         folder = Path(os.path.realpath(path))
         found = next((checkpoint for checkpoint in find_checkpoints(folder.parent) if checkpoint.path.name == folder.name), None)
+        why = _why_incomplete(folder)
     if found is None:
         known = ", ".join(checkpoint.path.name for checkpoint in complete)
         raise CheckpointError(
-            f"{key}={str(path)!r}: no complete checkpoint is there; "
+            f"{key}={str(path)!r}: no complete checkpoint is there{why}; "
             + (f"complete ones beside it: {known}." if known else "give RUN/latest, RUN/best or a step folder.")
         )
     return found
+
+
+def _why_incomplete(folder: Path) -> str:
+    """What a folder lacks of a checkpoint; "" where there is none."""
+    if not folder.is_dir():
+        return ""
+    if not _NAME.fullmatch(folder.name):
+        return ", for the folder of one is called RUN_ID-stepN"
+    return f", for {folder / files.MANIFEST} is missing, so the folder was not finished or was copied in part"
 
 
 def read_state(checkpoint: Checkpoint, world: World) -> dict[str, Any]:
     """`state.json` of a checkpoint whose files were checked against its manifest, by rank 0 for all.
 
     Raises:
-        CheckpointError: on every rank, if a file is missing or damaged or of another format.
+        CheckpointError: on every rank, if a file is missing or damaged or of another format; it names the run's other checkpoints.
     """
 
     def verified() -> dict[str, Any]:
-        files.verify(checkpoint.path, error=CheckpointError)
+        try:
+            files.verify(checkpoint.path, error=CheckpointError)
+        except CheckpointError as error:
+            others = [other.path.name for other in find_checkpoints(checkpoint.path.parent) if other != checkpoint]
+            raise CheckpointError(f"{error} Or take another one there: {', '.join(others)}." if others else str(error)) from error
         path = checkpoint.path / "state.json"
         stored = files.read_object(path, CheckpointError, format_version=int)
         if stored["format_version"] != FORMAT_VERSION:

@@ -169,6 +169,23 @@ def test_features_of_other_layers_and_damaged_shards_are_refused(
     assert shard.name in fails(base, 4, capsys), "truncated"
 
 
+def test_a_folder_that_holds_no_features_is_named_before_the_target_is_loaded(
+    prepared: tuple[Path, list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, settings = prepared
+    run = tmp_path / "run"
+    words = [str(folder / "c.yaml"), *settings, f"output_dir={tmp_path / 'other'}", f"features.path={run / 'features'}", "train.steps=1"]
+    (run / "features").mkdir(parents=True)
+    loads = Target.loads
+    assert f"features.path='{run}/features': is no folder of features" in fails(["train", *words], 4, capsys)
+    (run / "features" / "train").mkdir()
+    (run / "features" / "train" / "manifest.json").write_text("{}")
+    for command in (["train", *words], ["train", *words, "--plan"], ["prepare", *words]):
+        assert f"features.path='{run}/features': is no folder of features" in (message := fails(command, 4, capsys))
+        assert f"give '{run}/features/train'." in message
+    assert Target.loads == loads
+
+
 def test_a_tokenizer_without_chat_template(prepared: tuple[Path, list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder, settings = prepared
     bare = make_text_target(tmp_path / "bare", template="")
@@ -212,6 +229,14 @@ def test_show_marks_the_answer(prepared: tuple[Path, list[str]], capsys: pytest.
     assert shown.index("<|assistant|>") < shown.index("⟦")
 
 
+def test_show_needs_no_held_out_rows(prepared: tuple[Path, list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, settings = prepared
+    words = [word for word in settings if not word.startswith("data.eval_path")]
+    words += [f"data.train_path={write_rows(tmp_path / 'rows.jsonl', 3)}", "--show", "5"]
+    assert main(["prepare", str(folder / "c.yaml"), *words]) == 0
+    assert [line.split(",")[0] for line in capsys.readouterr().out.splitlines() if line.startswith("---")] == ["--- r0", "--- r1", "--- r2"]
+
+
 def test_plan_writes_nothing(prepared: tuple[Path, list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder, settings = prepared
     run = tmp_path / "run"
@@ -219,6 +244,38 @@ def test_plan_writes_nothing(prepared: tuple[Path, list[str]], tmp_path: Path, c
     plan = capsys.readouterr().out
     assert "12 of 4 samples" in plan, "24 samples twice, 4 at a time"
     assert not run.exists()
+
+
+def test_held_out_rows_that_are_trained_on_are_told(
+    prepared: tuple[Path, list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The six held-out prompts of this folder are the first six of training, and greedy decoding answered them alike."""
+    folder, settings = prepared
+    base = ["train", str(folder / "c.yaml"), *settings, f"output_dir={tmp_path / 'run'}", "train.steps=1"]
+    told = "Warning: 6 of 6 held-out samples are trained on too: r0, r1, r2, r3, r4, ...; "
+    assert main([*base, "--plan"]) == 0
+    assert capsys.readouterr().out.count(told) == 1
+    assert main(base) == 0
+    assert capsys.readouterr().err.count(told) == 1
+    assert main([*base, "data.exclude_ids=[r0,r1,r2,r3,r4,r5]", "--plan"]) == 0
+    assert "trained on too" not in capsys.readouterr().out
+
+
+def test_answers_that_are_not_the_targets_own_are_told_once(
+    prepared: tuple[Path, list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The very sentence of `specforge eval`; of the target's own answers nothing is said."""
+    folder, settings = prepared
+    run = tmp_path / "run"
+    base = ["train", str(folder / "c.yaml"), *settings, "train.steps=2", "train.eval_every=1"]
+    rows = write_rows(tmp_path / "rows.jsonl", 6)
+    assert main([*base, f"output_dir={run}", f"data.eval_path={rows}"]) == 0
+    told = capsys.readouterr().err
+    assert main(["eval", str(run / "config.yaml"), "--checkpoint", str(run / "best")]) == 0
+    reason = next(line for line in capsys.readouterr().err.splitlines() if line.startswith("walk_acc_len is left out: "))
+    assert told.count("walk_acc_len") == 1 == told.count(f"Warning: {reason} The best checkpoint is picked by eval/acc_len.\n")
+    assert main([*base, f"output_dir={tmp_path / 'own'}"]) == 0
+    assert "left out" not in capsys.readouterr().err
 
 
 def test_commands_explain_themselves(capsys: pytest.CaptureFixture[str]) -> None:

@@ -71,12 +71,21 @@ def test_a_derived_id_follows_the_content_and_not_its_spelling(tmp_path: Path) -
         ({"input_ids": [1, 2], "loss_mask": [1, 2]}, "loss_mask=.*0 and 1"),
         ({"input_ids": [1, 2], "loss_mask": [1]}, r"loss_mask='\[1 values\]': must be as long as input_ids \(2\)"),
         ({"id": "good", "text": "again"}, "id='good' is already taken by line 1"),
+        ({"messages": [ASK, TELL]}, "it has 0 of them; `messages` is called conversations here"),
+        ({"conversations": [{"from": "human", "value": "x"}]}, r"role=None: .*; give role and content instead of from and value, user for"),
+        ({"conversations": [{"role": "user", "content": [{"type": "text"}]}]}, r"must be a string; join the texts of its parts into one\."),
     ],
 )
 def test_a_bad_row_is_named_by_file_and_line(tmp_path: Path, record: object, message: str) -> None:
     path = write(tmp_path / "rows.jsonl", {"id": "good", "text": "x"}, record)
     with pytest.raises(DataError, match=rf"rows\.jsonl:2: .*{message}"):
         read_rows(path)
+
+
+def test_a_file_in_utf_16(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"text": "x"}\n{"text": "y"}\n', encoding="utf-16")
+    with pytest.raises(DataError, match=r"rows\.jsonl:1: .*; it looks like UTF-16, so save the file as UTF-8\."):
+        read_rows(tmp_path / "rows.jsonl")
 
 
 def test_files_that_hold_no_rows(tmp_path: Path) -> None:
@@ -110,13 +119,16 @@ def test_a_split_that_leaves_one_side_empty_is_refused() -> None:
         split_rows([Row(name) for name in "abc"], 1e-9)
 
 
-def test_the_prompt_of_a_row() -> None:
+def test_the_prompt_of_a_row(tmp_path: Path) -> None:
     assert prompt_of(Row("a", messages=[ASK, TELL, ASK, TELL])) == [ASK, TELL, ASK]
     assert prompt_of(Row("a", messages=[ASK, TELL, ASK])) == [ASK, TELL, ASK]
     with pytest.raises(DataError, match="nothing is asked"):
         prompt_of(Row("a", messages=[TELL]))
     with pytest.raises(DataError, match="no conversation"):
         prompt_of(Row("a", text="x"))
+    [read] = read_rows(write(tmp_path / "rows.jsonl", {"id": "a", "text": "x"}))
+    with pytest.raises(DataError, match=r"rows\.jsonl:1: Row 'a' is no conversation"):
+        prompt_of(read)
 
 
 def _schema() -> pa.Schema:

@@ -1,10 +1,12 @@
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from transformers import AutoTokenizer
 
-from specforge.data.conversations import Row
+from specforge.data.conversations import Row, read_rows
 from specforge.data.template import Encoder, Sample, encode_all, show
 from specforge.errors import DataError
 from tests.data.tokenizers import (
@@ -212,8 +214,28 @@ def test_a_missing_template_names_tokenizer_and_key() -> None:
 
 def test_a_template_that_refuses_a_row_names_it() -> None:
     tokenizer = byte_level_tokenizer("{{ raise_exception('roles must alternate') }}")
-    with pytest.raises(DataError, match=r"Row 'r': .*tiny-bpe.*roles must alternate"):
+    with pytest.raises(DataError, match=r"^Row 'r': .*tiny-bpe.*roles must alternate"):
         Encoder(tokenizer, 512).encode(row(TWO_TURNS))
+
+
+def test_a_row_that_was_read_is_refused_with_file_and_line(tmp_path: Path) -> None:
+    """Token ranges, a missing template, and turns that are rendered differently once others follow."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(json.dumps(row) for row in ({"input_ids": [9999], "loss_mask": [1]}, {"conversations": TWO_TURNS})))
+    given, conversation = read_rows(path)
+    for read, template, place in ((given, CHATML, 1), (conversation, None, 2), (conversation, LAST_TURN_THINKS, 2)):
+        with pytest.raises(DataError, match=rf"rows\.jsonl:{place}: Row "):
+            Encoder(byte_level_tokenizer(template), 512).encode(read)
+
+
+def test_the_rows_that_the_page_shows_are_one_sample(tmp_path: Path) -> None:
+    root = Path(__file__).parents[2]
+    path = tmp_path / "rows.jsonl"
+    path.write_text((root / "docs" / "data-format.md").read_text().partition("```json\n")[2].partition("```")[0])
+    encoder = Encoder(AutoTokenizer.from_pretrained(root / "specforge" / "demo" / "target"), 512)
+    conversation, given = (encoder.encode(read) for read in read_rows(path))
+    np.testing.assert_array_equal(conversation.input_ids, given.input_ids)
+    np.testing.assert_array_equal(conversation.loss_mask, given.loss_mask)
 
 
 def test_rows_without_supervision_are_counted_and_named() -> None:

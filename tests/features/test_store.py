@@ -12,6 +12,8 @@ import torch
 
 from specforge import files
 from specforge.errors import FeatureError
+from specforge.features.overlap import why_not_held_out
+from specforge.features.source import EncodedSamples
 from specforge.features.store import TENSORS, FeatureMeta, FeatureWriter, LocalFeatureStore, SampleFeatures
 
 META = FeatureMeta(
@@ -156,3 +158,15 @@ def test_features_that_are_no_numbers_are_never_published(tmp_path: Path, name: 
 def test_sums_that_overflow_are_not_mistaken_for_damage() -> None:
     good = sample(4, 12)[1]
     assert replace(good, last=torch.full((12, 8), 3e38)).is_finite()
+
+
+def test_held_out_samples_that_are_trained_on_are_counted_by_content(tmp_path: Path) -> None:
+    """Of six, s0 to s2 are trained on under other names; s3's words under another mask, s4 is excluded, s5 is of other words."""
+    heldout = LocalFeatureStore(write(tmp_path / "store"))
+    again = [SimpleNamespace(**{**vars(sample(number, LENGTHS[number])[0]), "id": f"t{number}"}) for number in range(5)]
+    again[3].loss_mask = np.array([True, True, False, False])
+    again.append(sample(9, LENGTHS[5])[0])
+    reason = why_not_held_out(heldout, EncodedSamples(again), ["t4"])
+    assert reason is not None and reason.startswith("3 of 6 held-out samples are trained on too: s0, s1, s2; ")
+    assert "s0, s1, s2, s4; " in str(why_not_held_out(heldout, EncodedSamples(again)))
+    assert why_not_held_out(heldout, EncodedSamples(again[3:]), ["t4"]) is None

@@ -30,7 +30,7 @@ from specforge.training.state import TrainState
 from specforge.training.stop import StoppedError
 from tests.processes import fork
 from tests.ranks import run_ranks
-from tests.training.test_resume import SCORES, controller_for, run, same
+from tests.training.test_resume import SCORES, STEPS, controller_for, run, same
 
 CHANGES = ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.symlink")
 
@@ -206,6 +206,15 @@ def test_what_one_rank_cannot_write_is_published_by_none(tmp_path: Path, target_
     assert first == second
     assert "r-step0 was not saved: rank 1: " in first and "rng-rank1.json" in first
     assert not find_checkpoints(tmp_path)
+    assert "No checkpoint was complete before it" in first and first.endswith("then give the same command again.")
+    assert "resume_from" not in first, "nothing is there to resume"
+    [step] = run_ranks(from_the_start, tmp_path, target_path, store.folder, world=1)
+    assert step == STEPS, "the same command works"
+
+
+def from_the_start(world: World, folder: Path, target_path: Path, features: Path) -> int:
+    assert starting_point(load_config(None, [f"output_dir={folder}", "model.target_path=t", "data.train_path=d"])) is None
+    return controller_for(world, folder, target_path, features).fit().step
 
 
 def without_rights(world: World, folder: Path, target_path: Path, features: Path) -> str:

@@ -245,7 +245,7 @@ def test_a_damaged_checkpoint_is_refused(
         shard.unlink()
     else:
         shard.write_bytes(content if damage == "flip" else content[:-5])
-    with pytest.raises(CheckpointError, match=shard.name):
+    with pytest.raises(CheckpointError, match=rf"{shard.name}: .*Or take another one there: r-step0, r-step1, r-step2, r-step4\.$"):
         controller_for(World(), moved, target_path, store.folder, "latest")
 
 
@@ -254,8 +254,12 @@ def test_an_incomplete_checkpoint_is_not_one(uninterrupted: Any, tmp_path: Path)
     moved = tmp_path / "moved"
     shutil.copytree(folder, moved, symlinks=True)
     (moved / "r-step6" / "manifest.json").unlink()
-    with pytest.raises(CheckpointError, match=r"no complete checkpoint.*r-step4"):
+    with pytest.raises(CheckpointError, match=r"no complete checkpoint.*r-step6/manifest.json is missing.*beside it: .*r-step4"):
         resolve(moved / "r-step6")
+    (moved / "r-step4").rename(moved / "copy")
+    with pytest.raises(CheckpointError, match=r"copy'.*is called RUN_ID-stepN; complete ones beside it: r-step0, r-step1, r-step2\.$"):
+        resolve(moved / "copy")
+    (moved / "copy").rename(moved / "r-step4")
     assert resolve(moved / "latest").step == 4, "what a kill left unfinished does not hide what is complete"
 
 
