@@ -49,7 +49,7 @@ def run(words: Sequence[str]) -> int:
         "Exit code 0: training can run. Under torchrun, srun or mpirun all processes join and add a number up.",
     )
     parser.add_argument("config", nargs="?", help="YAML file of the run")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that win over the file")
+    parser.add_argument("overrides", nargs="*", default=(), metavar="key=value", help="settings that win over the file")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     given = parser.parse_args(words)
 

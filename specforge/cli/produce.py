@@ -15,7 +15,7 @@ def run(words: Sequence[str]) -> int:
         "start them one by one or by torchrun. Any of them, and the training too, may be killed and started again.",
     )
     parser.add_argument("config", help="the configuration of the training, with features.source=shared")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that win over the file")
+    parser.add_argument("overrides", nargs="*", default=(), metavar="key=value", help="settings that win over the file")
     given = parser.parse_args(words)
     config = load_config(given.config, given.overrides)
     if config.features.source != "shared":

@@ -231,6 +231,14 @@ def test_commands_explain_themselves(capsys: pytest.CaptureFixture[str]) -> None
     assert "no command" in capsys.readouterr().err
 
 
+def test_a_command_that_lacks_something_says_what(capsys: pytest.CaptureFixture[str]) -> None:
+    assert fails(["export", "--to", "hf"], 2, capsys) == "specforge export: give --checkpoint, --to and --out, or --check alone.\n"
+    for command in ("train", "prepare", "produce"):
+        with pytest.raises(SystemExit):
+            main([command])
+        assert capsys.readouterr().err.endswith("required: config\n")
+
+
 def test_the_last_line_of_eval_is_json(prepared: tuple[Path, list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder, settings = prepared
     run = tmp_path / "run"
