@@ -19,10 +19,10 @@ stamp="$venv/.complete"
 if ! cmp --quiet "$root/docs/constraints.txt" "$stamp"; then
     "${SPECFORGE_PYTHON:-python3.11}" -m venv "$venv"
     # shellcheck disable=SC2086  # words, not one word
-    "$venv/bin/python" -m pip install --quiet mkdocs mkdocs-material mkdocstrings-python \
+    "$venv/bin/python" -m pip install --quiet mkdocs mkdocs-material mkdocstrings-python ruff \
         -c "$root/docs/constraints.txt" ${SPECFORGE_PIP_ARGS:-} >&2
     cp "$root/docs/constraints.txt" "$stamp"
 fi
 cd "$root"
-NO_MKDOCS_2_WARNING=1 "$venv/bin/python" -m mkdocs --quiet build --strict --site-dir "$site"
+NO_MKDOCS_2_WARNING=1 "$venv/bin/python" -m mkdocs build --strict --site-dir "$site"
 echo "$site/index.html"

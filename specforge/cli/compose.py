@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from specforge.cli.continuing import continued, horizon, refuse_other_settings, settings_of, starting_point, write_config
+from specforge.cli.draft import require_same_target
 from specforge.cli.evaluation import TEXTS_OF_DOMAIN, record_of
 from specforge.cli.inputs import LazyTarget, Paths, eval_store, feature_meta, prepare_features, read_tables
 from specforge.config import RunConfig, to_dict
@@ -21,7 +22,7 @@ from specforge.distributed import World, randomness
 from specforge.errors import CheckpointError, ConfigError
 from specforge.eval.evaluator import Evaluator, why_no_walk
 from specforge.eval.live import decode_answers, live_numbers
-from specforge.eval.record import EvaluationRecord
+from specforge.eval.record import EvaluationRecord, rows_digest
 from specforge.eval.simulate import simulate
 from specforge.features.loader import FeatureDataLoader
 from specforge.features.store import LocalFeatureStore
@@ -101,13 +102,14 @@ def build_controller(config: RunConfig, world: World) -> TrainerController:
             config.data.exclude_ids, plan=lambda batch, step: method.plan(batch, Moment(config.seed, step, total_steps)),
         )  # fmt: skip
         evaluator = build_evaluator(config, heldout, method.draft_tokens, world)
+        remembered = {"target_fingerprint": heldout.meta.target_fingerprint, "heldout_rows": rows_digest(heldout, config.eval.max_samples)}
         log = RunLog(folder, world, config.log.wandb, config.log.wandb_project, state.run_id, to_dict(config))
         if note:
             log.note(**note)
         undo.pop_all()
     return TrainerController(
         config=config.train, total_steps=total_steps, method=method, backend=backend, data=data, checkpoints=checkpoints, log=log,
-        world=world, state=state, settings=contract(config) | {"target_fingerprint": heldout.meta.target_fingerprint},
+        world=world, state=state, settings=contract(config) | remembered,
         evaluate=lambda: evaluator.evaluate(method, backend), seed=config.seed,
     )  # fmt: skip
 
@@ -135,13 +137,16 @@ def evaluate_checkpoint(
         trees: shapes whose tokens per round to find from the stored features.
     """
     checkpoint = world.on_main(lambda: resolve(path))
+    state = read_state(checkpoint, world)
+    settings = state["settings"]
+    _check_contract(config, state, checkpoint, weights_only=True)
+    world.on_main(lambda: require_same_target(checkpoint, settings.get("target_fingerprint"), Path(config.model.target_path)))
     tables = read_tables(config)
     meta = feature_meta(config, tables, world)
     asked_s = time.perf_counter()
     target = LazyTarget(config, world)
     store = eval_store(config, meta, target, world)
     cache_s = time.perf_counter() - asked_s
-    _check_contract(config, read_state(checkpoint, world), checkpoint, weights_only=True)
     method = registered(config.method.name).load().read(config.method.options, tables, checkpoint.path / "draft")
     backend = FSDPTrainingBackend(method, config.train, world)
     CheckpointManager(Paths.of(config).run, world, config.checkpoint.keep).load_draft(checkpoint, backend)
@@ -154,7 +159,7 @@ def evaluate_checkpoint(
         numbers |= _simulated(config, method, trees, store, world)
     if calibrate:
         world.on_main(lambda: write_calibrations(checkpoint.path / "draft", calibrated.scalings))
-    world.on_main(lambda: _keep(record_of(config, checkpoint, store, calibrated, numbers, world), checkpoint))
+    world.on_main(lambda: _keep(record_of(config, checkpoint, settings, store, calibrated, numbers, world), checkpoint))
     if world.is_main and (reason := why_no_walk(numbers)):
         print(reason, file=sys.stderr)
     return {**numbers, "target_loads": Target.loads, "target_forwards": Target.forwards, "cache_s": round(cache_s, 3)}
@@ -178,8 +183,13 @@ def _live(
     evaluator = Evaluator(
         store, world, draft_tokens=draft_tokens, micro_batch_tokens=config.train.micro_batch_tokens, max_samples=samples, bootstrap=0
     )
-    predicted = evaluator.evaluate(method, backend).get("eval/walk_acc_len")
-    numbers = {"samples": samples, "predicted_tokens_per_round": predicted, **live_numbers(answers, draft_tokens, world)}
+    predicted = evaluator.evaluate(method, backend)
+    numbers = {
+        "samples": samples,
+        "predicted_tokens_per_round": predicted.get("eval/walk_acc_len"),
+        "predicted_histogram": predicted.get("eval/walk_histogram", []),
+        **live_numbers(answers, draft_tokens, world),
+    }
     return {f"eval/live/{name}": value for name, value in numbers.items()}
 
 

@@ -83,7 +83,7 @@ class Draft:
 
 
 def read_draft(
-    name: str, target_path: Path, draft_tokens: int | None, tree: TreeShape | None = None, *, allow_other_target: bool = False
+    name: str, target_path: Path, draft_tokens: int | None, tree: TreeShape | None = None, *, allow_other_target: bool | None = None
 ) -> Draft:
     """The draft that `name` means, checked against the target's files; neither model runs.
 
@@ -91,6 +91,7 @@ def read_draft(
         name: RUN/best, RUN/latest, a step folder, `ngram` or `none`.
         draft_tokens: K; None: as many as the draft was trained for.
         tree: draft trees of this shape; `draft_tokens` says nothing then.
+        allow_other_target: what --allow-other-target says; None: the command has no such option.
 
     Raises:
         ConfigError: `draft_tokens` or `tree` is not what such a draft can do, or longer than it can.
@@ -138,8 +139,11 @@ def require_fit(folder: Path, target_path: Path) -> None:
         raise CheckpointError(f"{fault}. Give the target of its training.")
 
 
-def require_same_target(checkpoint: Checkpoint, stored: Any, target_path: Path, allowed: bool) -> None:
+def require_same_target(checkpoint: Checkpoint, stored: Any, target_path: Path, allowed: bool | None = None) -> None:
     """Compare the target's content with what the checkpoint remembers; those of earlier versions remember nothing.
+
+    Args:
+        allowed: what --allow-other-target says; None: the command has no such option.
 
     Raises:
         CheckpointError: they differ and that is not `allowed`.
@@ -153,5 +157,6 @@ def require_same_target(checkpoint: Checkpoint, stored: Any, target_path: Path, 
         return
     difference = f"draft {checkpoint.path}: its target has fingerprint {files.shown(stored)}, target {str(target_path)!r} has {found!r}"
     if not allowed:
-        raise CheckpointError(f"{difference}; give the target of its training, or --allow-other-target to go on with this one.")
+        option = "" if allowed is None else ", or --allow-other-target to go on with this one"
+        raise CheckpointError(f"{difference}; give the target of its training{option}.")
     print(f"Warning: {difference}.", file=sys.stderr)

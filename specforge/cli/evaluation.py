@@ -15,7 +15,7 @@ from specforge.cli.streaming import Detokeniser
 from specforge.config import RunConfig
 from specforge.distributed import World
 from specforge.eval.evaluator import Calibrated
-from specforge.eval.record import EvaluationRecord
+from specforge.eval.record import EvaluationRecord, rows_digest
 from specforge.eval.walked import Walked
 from specforge.features.store import LocalFeatureStore
 from specforge.training.run_folder import Checkpoint
@@ -25,10 +25,11 @@ _LONGEST_PROMPT_TOKENS, _MOST_ROUNDS = 400, 400
 
 
 def record_of(
-    config: RunConfig, checkpoint: Checkpoint, store: LocalFeatureStore, calibrated: Calibrated, numbers: dict[str, Any], world: World
-) -> EvaluationRecord:
-    """The record of an evaluation that gave `numbers`."""
-    tokenizer = load_tokenizer(config)
+    config: RunConfig, checkpoint: Checkpoint, settings: dict[str, Any], store: LocalFeatureStore, calibrated: Calibrated,
+    numbers: dict[str, Any], world: World,
+) -> EvaluationRecord:  # fmt: skip
+    """The record of an evaluation that gave `numbers`, of a checkpoint that remembers `settings`."""
+    tokenizer, rows = load_tokenizer(config), rows_digest(store, config.eval.max_samples)
     return EvaluationRecord(
         checkpoint=checkpoint.path.name,
         run_id=checkpoint.run_id,
@@ -43,6 +44,8 @@ def record_of(
             "ranks": world.size,
         },
         data=config.data.eval_path or config.data.train_path,
+        rows=rows,
+        held_out=settings.get("heldout_rows", rows) == rows,
         numbers=numbers,
         groups=calibrated.groups,
         texts=[_text(tokenizer, store, walked) for walked in calibrated.walked],

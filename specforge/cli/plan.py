@@ -23,6 +23,8 @@ def describe(config: RunConfig) -> str:
         "shared": tokens if features.retain else min(tokens, tokens * features.ahead_steps // steps),
     }[features.source]
     feature_bytes = stored_tokens * bytes_per_token(len(layers), target.hidden_size, config.model.dtype, features.teacher_top_k)
+    head_rows = getattr(config.method.options, "draft_vocab_size", 0) or target.vocab_size  # of the target's head, those the loss needs
+    table_bytes = tables.embedding.nbytes + tables.head[0].nbytes * min(head_rows, target.vocab_size)
     parameters = registered(config.method.name).load().count_parameters(config.method.options, tables, layers)
     lines = [
         f"{'training samples':<26}{len(lengths)}, {sum(lengths)} tokens, longest {max(lengths)}",
@@ -30,7 +32,7 @@ def describe(config: RunConfig) -> str:
         f"{'captured layers':<26}{', '.join(map(str, layers))} of {target.num_hidden_layers} (index into hidden_states)",
         f"{'draft parameters':<26}{parameters}",
         f"{'weights and optimiser':<26}{parameters * 16 / 2**20:.0f} MiB over all ranks",
-        f"{'tables of the target':<26}{2 * tables.embedding.nbytes / 2**20:.0f} MiB on each rank",
+        f"{'tables of the target':<26}{table_bytes / 2**20:.0f} MiB on each rank",
         f"{'features on disk':<26}{feature_bytes / 2**20:.0f} MiB, {features.source}" + (" (there already)" if captured else ""),
         f"{'one checkpoint':<26}{parameters * 12 / 2**20:.0f} MiB",
     ]

@@ -4,6 +4,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from specforge.eval.acceptance import domains_of
+
 
 def acceptance_table(numbers: Mapping[str, Any]) -> str:
     """Overall and by domain, each acceptance length with what it means; the n-gram drafter beside the draft."""
@@ -15,14 +17,14 @@ def acceptance_table(numbers: Mapping[str, Any]) -> str:
     lines += ["", f"{'':<24}{'draft':>8}{'n-gram':>9}"]
     lines.append(_row("walk_acc_len", numbers, "eval/walk_acc_len", "eval/ngram_walk_acc_len"))
     if "eval/walk_acc_len_low" in numbers:
-        draft, ngram = (
-            f"{numbers[f'eval/{name}_low']:.2f}..{numbers[f'eval/{name}_high']:.2f}" for name in ("walk_acc_len", "ngram_walk_acc_len")
-        )
-        lines.append(f"  95 % interval: draft {draft}, n-gram {ngram}")
+        lines.append(f"  95 % interval: {_intervals(numbers, 'eval/')}")
     lines.append(_row("acc_len", numbers, "eval/acc_len", "eval/ngram_acc_len"))
     lines.append(_row("simulated_acc_len", numbers, "eval/simulated_acc_len", ""))
-    domains = sorted({name.split("/")[1] for name in numbers if name.count("/") == 2 and name.endswith("/acc_len")})
-    lines += [_row(f"walk, {domain}", numbers, f"eval/{domain}/walk_acc_len", f"eval/{domain}/ngram_walk_acc_len") for domain in domains]
+    for domain in domains_of(numbers):
+        prefix, samples = f"eval/{domain}/", numbers[f"eval/{domain}/samples"]
+        lines.append(_row(f"walk, {domain}", numbers, f"{prefix}walk_acc_len", f"{prefix}ngram_walk_acc_len") + f"  {samples} samples")
+        if f"{prefix}walk_acc_len_low" in numbers:
+            lines[-1] += f", 95 %: {_intervals(numbers, prefix)}"
     lines.append(f"greedy match {numbers['eval/greedy_match']:.4f}, loss {numbers['eval/avg_loss']:.3f} nats a token")
     return "\n".join(lines)
 
@@ -63,6 +65,12 @@ def live_table(numbers: Mapping[str, Any]) -> str:
 
 def _number(value: float) -> str:
     return f"{value:.3f}" if math.isfinite(value) else "-"
+
+
+def _intervals(numbers: Mapping[str, Any], prefix: str) -> str:
+    """Of both walks."""
+    bounds = [(numbers[f"{prefix}{name}_low"], numbers[f"{prefix}{name}_high"]) for name in ("walk_acc_len", "ngram_walk_acc_len")]
+    return ", ".join(f"{drafter} {low:.2f}..{high:.2f}" for drafter, (low, high) in zip(("draft", "n-gram"), bounds, strict=True))
 
 
 def _row(label: str, numbers: Mapping[str, Any], draft: str, ngram: str) -> str:

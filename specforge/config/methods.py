@@ -17,6 +17,7 @@ class DraftOptions:
     """Of every method's layers."""
 
     layers: int = 1
+    """Decoder layers of the draft."""
     intermediate_size: int = 0
     """Width of a layer's feed-forward, or of each of its experts; 0: the target's."""
     experts: int = 0
@@ -95,6 +96,7 @@ class PEagleOptions(Eagle3Options):
     depth_ratio: float = 0.7
     """Depth d trains on the share max(depth_ratio**d, depth_floor) of a sample's rows, drawn anew each time it is seen; 1: on all."""
     depth_floor: float = 0.2
+    """The least of these shares."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -204,6 +206,7 @@ class DSparkOptions(BlockOptions):
     markov_head: Literal["vanilla", "gated", "rnn"] = "vanilla"
     """What the bias depends on: the token before; gated: and the row's output; rnn: and what both were in the rows before."""
     markov_rank: int = 256
+    """Rank of the table of pairs of tokens."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

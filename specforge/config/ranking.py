@@ -12,16 +12,22 @@ class RankingModelConfig:
     """The shape of the model; the defaults are those of the ranking model of the CTI contest of 2026."""
 
     slots: int = 28
+    """Bags of signs in a row; signs of slots beyond are left out."""
     rows: int = 5_000_000
     """Rows of the one table of signs, of which row 0 is padding."""
     slot_width: int = 512
+    """Width of a row of the table."""
     width: int = 512
+    """Width of the layers."""
     layers: int = 8
     heads: int = 8
+    """Heads of the attention of a layer, of `width / heads` each."""
     inner: int = 1024
     """Inner numbers of an expert."""
     experts: int = 8
+    """Experts of each layer's feed-forward."""
     top_k: int = 2
+    """Experts that answer a row."""
     balance_weight: float = 0.01
     """What the experts' unevenness, std / mean of their importance, adds to the loss of a row."""
 
@@ -41,6 +47,7 @@ class RankingDataConfig:
     """Files of rows; `specforge.ranking.rows` says what a row is."""
 
     train_path: str = "???"
+    """Users to learn from."""
     eval_path: str = "???"
     """Users of which scored rows are predicted, the rows before them are history."""
     cache_dir: str = ""

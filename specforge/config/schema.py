@@ -55,6 +55,7 @@ class DataConfig:
     eval_path: str = ""
     """Held-out rows; empty: `eval_fraction` of the training rows, chosen by a hash of their id."""
     eval_fraction: float = 0.05
+    """Share of the training rows that is held out where `eval_path` is empty."""
     max_length: int = 2048
     """Longer samples are truncated (and counted)."""
     chat_template: str = ""
@@ -112,16 +113,23 @@ class TrainConfig:
     steps: int = 0
     """Optimiser steps; 0: as many as `epochs` need."""
     epochs: int = 1
+    """Times that each sample is trained on, where `steps` is 0."""
     batch_samples: int = 16
     """Samples of one optimiser step, over all ranks."""
     micro_batch_tokens: int = 4096
     """Token budget of one forward pass on one rank; samples are packed into it."""
     learning_rate: float = 1e-4
+    """Of AdamW, at its highest."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """How the learning rate goes after the warm-up: to 0 at the last step, or not at all."""
     warmup_steps: int = 0
+    """Steps in which the learning rate rises on a line to its highest."""
     weight_decay: float = 0.0
+    """Of AdamW, on every parameter."""
     beta1: float = 0.9
+    """What AdamW keeps of its first moment in a step."""
     beta2: float = 0.95
+    """What AdamW keeps of its second moment in a step."""
     clip_norm: float = 0.5
     """Bound of the global gradient norm."""
     precision: Literal["float32", "bfloat16"] = "float32"
@@ -135,6 +143,7 @@ class TrainConfig:
     allow_non_finite: bool = False
     """Continue a run that was stopped by a non-finite loss or gradient."""
     log_every: int = 10
+    """Steps between lines of the log."""
     eval_every: int = 0
     """Steps between evaluations; 0: only before the first and after the last step."""
     save_every: int = 0
@@ -189,6 +198,7 @@ class LogConfig:
     """Where numbers go besides the console and `metrics.jsonl`."""
 
     wandb: Literal["disabled", "offline", "online"] = "disabled"
+    """Weights & Biases; offline: into a folder, to be sent later."""
     wandb_project: str = "specforge"
 
 
@@ -197,7 +207,9 @@ class MethodConfig:
     """A training method by its registered name, with the options of its own class."""
 
     name: str = "eagle3"
+    """eagle3, peagle, dflash, domino or dspark."""
     options: Any = None
+    """The class of options that belongs to the name; in a file a mapping, whose keys are checked as all others are."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,8 +217,11 @@ class RunConfig:
     """Everything that defines a run; written to `output_dir/config.yaml` before anything else."""
 
     run_id: str = "run"
+    """Begins the names of its checkpoints, `{run_id}-step{N}`."""
     output_dir: str = "???"
+    """Folder of the run; one that holds a run already is not overwritten."""
     seed: int = 0
+    """Of the order of the samples, the new draft's weights, and all that a method draws."""
     model: ModelConfig = field(default_factory=ModelConfig)
     method: MethodConfig = field(default_factory=MethodConfig)
     data: DataConfig = field(default_factory=DataConfig)

@@ -63,11 +63,13 @@ class World:
         return replace(self, device=torch.device("cpu"), group=group)
 
     def leave(self) -> None:
+        """End what `join` began, on every rank; a world of one has nothing to end."""
         if dist.is_initialized():
             dist.destroy_process_group()
 
     @property
     def is_main(self) -> bool:
+        """Whether this is rank 0."""
         return self.rank == 0
 
     def mesh(self, sharding: str) -> DeviceMesh:
@@ -89,6 +91,7 @@ class World:
         return self.local_size
 
     def barrier(self) -> None:
+        """Wait until every rank has come here."""
         self.sum_(torch.zeros(1))
 
     def sum_(self, values: torch.Tensor) -> torch.Tensor:

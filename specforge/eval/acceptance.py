@@ -7,6 +7,7 @@ follows a greedy chain decoder over the text itself, which must therefore be the
 Shapes: S tokens of the sample, K drafts of a start.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,6 +55,11 @@ class Columns:
     def walk_rounds(self) -> slice:
         """Of chains of 1, 2, ... K drafts."""
         return slice(3 * self.draft_tokens + 4, 4 * self.draft_tokens + 4)
+
+    @property
+    def walk(self) -> list[int]:
+        """Tokens and rounds of the walk of the whole chain."""
+        return [self.walk_tokens, self.walk_rounds.stop - 1]
 
     @property
     def walk_histogram(self) -> slice:
@@ -115,14 +121,9 @@ def walk_starts(accepted_S: np.ndarray) -> list[int]:
 
 
 def walks(counts: np.ndarray, columns: Columns) -> np.ndarray:
-    """Tokens per round of summed counts [..., width], for chains of 1, 2, ... K drafts: [..., K]; NaN where there was no round."""
-    tokens, rounds = counts[..., columns.walk_tokens, None], counts[..., columns.walk_rounds]
+    """Tokens per round of summed counts [width], for chains of 1, 2, ... K drafts: [K]; NaN where there was no round."""
+    tokens, rounds = counts[columns.walk_tokens], counts[columns.walk_rounds]
     return np.divide(tokens, rounds, out=np.full(np.shape(rounds), np.nan), where=rounds > 0)
-
-
-def walk(counts: np.ndarray, columns: Columns) -> np.ndarray:
-    """`walks` of the whole chain: [...]."""
-    return walks(counts, columns)[..., -1]
 
 
 def greedy_match(counts: np.ndarray, columns: Columns) -> float:
@@ -144,7 +145,13 @@ def acceptance(counts: np.ndarray, columns: Columns) -> dict[str, Any]:
         "greedy_match": greedy_match(counts, columns),
     }
     if numbers["greedy_match"] >= GREEDY_MATCH_MINIMUM and counts[columns.walk_tokens] > 0:
-        numbers["walk_acc_len"] = float(walk(counts, columns))
         numbers["walk_acc_len_by_draft_tokens"] = walks(counts, columns).tolist()
+        numbers["walk_acc_len"] = numbers["walk_acc_len_by_draft_tokens"][-1]
         numbers["walk_histogram"] = counts[columns.walk_histogram].astype(int).tolist()
     return numbers
+
+
+def domains_of(names: Iterable[str]) -> list[str]:
+    """The domains among the names of an evaluation's numbers, which are `eval/DOMAIN/acc_len` and so on."""
+    parts = [name.split("/") for name in names]
+    return sorted("/".join(part[1:-1]) for part in parts if len(part) > 2 and (part[0], part[-1]) == ("eval", "acc_len"))

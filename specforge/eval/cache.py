@@ -35,6 +35,7 @@ class EvalCache:
 
     @classmethod
     def for_config(cls, config: EvalConfig) -> "EvalCache":
+        """The cache below `config.cache_dir`; raises ConfigError where that is empty."""
         if not config.cache_dir:
             raise ConfigError("cache_dir='': the evaluation cache needs a folder; set features.cache_dir.")
         return cls(config.cache_dir)

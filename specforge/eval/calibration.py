@@ -94,7 +94,7 @@ def measure(versions: Mapping[str, Chains], world: World) -> dict[str, Any]:
 
 
 def groups(versions: Mapping[str, Chains], world: World) -> dict[str, list[list[list[float]]]]:
-    """What a reliability diagram shows of each version: [K + 1][groups][events, right ones, sum of probabilities], the survival last."""
+    """What a reliability diagram shows of each version: `[K + 1][groups][events, right ones, sum of probabilities]`, the survival last."""
     sums = world.sum_(torch.stack([chains.sums() for chains in versions.values()]))
     return dict(zip(versions, reliability(sums).tolist(), strict=True))
 

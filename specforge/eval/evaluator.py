@@ -4,6 +4,7 @@ Each sample is read by exactly one rank. Sums stay on the device until the loop 
 ranks in one reduction. Nothing random happens, so an evaluation neither disturbs nor depends on training.
 """
 
+from collections import Counter
 from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
@@ -13,7 +14,7 @@ import torch
 from specforge.data.packing import pack
 from specforge.decode.ngram import proposals as ngram_proposals
 from specforge.distributed import World
-from specforge.eval.acceptance import GREEDY_MATCH_MINIMUM, Columns, acceptance, count_sample, walk
+from specforge.eval.acceptance import GREEDY_MATCH_MINIMUM, Columns, acceptance, count_sample
 from specforge.eval.bootstrap import interval, poisson_weights
 from specforge.eval.calibration import Chains, fit, groups, is_for_fit, measure
 from specforge.eval.walked import Walked, walked_answers
@@ -21,6 +22,18 @@ from specforge.features.batch import DraftBatch
 from specforge.features.store import LocalFeatureStore
 from specforge.methods.base import Method, StepOutput
 from specforge.models.calibration import Calibration
+
+FEWEST_SAMPLES = 10
+"""A domain of fewer has no interval: a bootstrap over so few knows too little of how samples differ."""
+
+
+class _Sums(NamedTuple):
+    """Sums over samples. Place 0 is all of them, then comes a place a domain."""
+
+    counts: np.ndarray
+    """[1 + domains, width]"""
+    replicates: np.ndarray
+    """Tokens and rounds of the walk in each replicate of the bootstrap: [1 + domains, replicates, 2]"""
 
 
 class Calibrated(NamedTuple):
@@ -61,7 +74,8 @@ class Evaluator:
         self._replicates = bootstrap
         self._seed = seed
         self._samples = min(max_samples or len(store), len(store))
-        self._domains = sorted({store.domains[index] for index in range(self._samples)} - {""})
+        of_domain = Counter(store.domains[index] for index in range(self._samples))
+        self._domains = {name: of_domain[name] for name in sorted(of_domain) if name}
         self._mine = list(range(world.rank, self._samples, world.size))
         lengths = [int(store.lengths[index]) for index in self._mine]
         budget = max([micro_batch_tokens, *lengths])
@@ -137,38 +151,49 @@ class Evaluator:
             proposals_SK[starts] = ngram_proposals(ids_S, starts, self._draft_tokens)
         return count_sample(ids_S, mask_S, argmax_S, proposals_SK)
 
-    def _reduced(self, table: dict[int, np.ndarray]) -> np.ndarray:
-        """Sums over all samples: row 0 of everything, then one row a domain, then one row a bootstrap replicate."""
-        rows = np.zeros((1 + len(self._domains) + self._replicates, self._columns.width))
-        for sample, counts in table.items():
-            rows[0] += counts
+    def _reduced(self, table: dict[int, np.ndarray]) -> _Sums:
+        """The sums over the samples of all ranks."""
+        places = {name: place for place, name in enumerate(self._domains, 1)}
+        counts = np.zeros((1 + len(places), self._columns.width))
+        replicates = np.zeros((1 + len(places), self._replicates, 2))
+        for sample, of_sample in table.items():
+            drawn = poisson_weights(self._seed, self._store.ids[sample], self._replicates)[:, None] * of_sample[self._columns.walk]
             domain = self._store.domains[sample]
-            if domain:
-                rows[1 + self._domains.index(domain)] += counts
-            if self._replicates:
-                rows[1 + len(self._domains) :] += poisson_weights(self._seed, self._store.ids[sample], self._replicates)[:, None] * counts
-        return self._world.sum_(torch.from_numpy(rows).to(self._world.device)).cpu().numpy()
+            for place in [0, places[domain]] if domain else [0]:
+                counts[place] += of_sample
+                replicates[place] += drawn
+        flat = torch.from_numpy(np.concatenate([counts.ravel(), replicates.ravel()]))
+        whole = self._world.sum_(flat.to(self._world.device)).cpu().numpy()
+        return _Sums(whole[: counts.size].reshape(counts.shape), whole[counts.size :].reshape(replicates.shape))
 
-    def _numbers(self, rows: np.ndarray, avg_loss: float) -> dict[str, Any]:
-        domains, replicates = slice(1, 1 + len(self._domains)), slice(1 + len(self._domains), None)
+    def _numbers(self, sums: _Sums, avg_loss: float) -> dict[str, Any]:
         numbers: dict[str, Any] = {"eval/avg_loss": avg_loss, "eval/draft_tokens": self._draft_tokens, "eval/samples": self._samples}
-        numbers |= {f"eval/{key}": value for key, value in acceptance(rows[0], self._columns).items()}
-        baseline = acceptance(self._ngram[0], self._columns)
+        numbers |= {f"eval/{key}": value for key, value in acceptance(sums.counts[0], self._columns).items()}
+        baseline = acceptance(self._ngram.counts[0], self._columns)
         numbers["eval/ngram_acc_len"] = baseline["acc_len"]
         if "walk_acc_len" in baseline:
             numbers["eval/ngram_walk_acc_len"] = baseline["walk_acc_len"]
             numbers["eval/ngram_walk_histogram"] = baseline["walk_histogram"]
-            for name, counts in (("walk_acc_len", rows), ("ngram_walk_acc_len", self._ngram)):
-                if self._replicates:
-                    low, high = interval(walk(counts[replicates], self._columns))
-                    numbers |= {f"eval/{name}_low": low, f"eval/{name}_high": high}
-        for name, counts, ngram in zip(self._domains, rows[domains], self._ngram[domains], strict=True):
-            for key, value in acceptance(counts, self._columns).items():
-                if isinstance(value, float):
-                    numbers[f"eval/{name}/{key}"] = value
-            if "walk_acc_len" in (of_domain := acceptance(ngram, self._columns)):
-                numbers[f"eval/{name}/ngram_walk_acc_len"] = of_domain["walk_acc_len"]
+            numbers |= self._intervals("eval/", sums, 0)
+        for place, (name, samples) in enumerate(self._domains.items(), 1):
+            numbers[f"eval/{name}/samples"] = samples
+            of_draft, of_ngram = (acceptance(each.counts[place], self._columns) for each in (sums, self._ngram))
+            numbers |= {f"eval/{name}/{key}": value for key, value in of_draft.items() if isinstance(value, float)}
+            if "walk_acc_len" in of_ngram:
+                numbers[f"eval/{name}/ngram_walk_acc_len"] = of_ngram["walk_acc_len"]
+                if samples >= FEWEST_SAMPLES:
+                    numbers |= self._intervals(f"eval/{name}/", sums, place)
         return numbers
+
+    def _intervals(self, prefix: str, sums: _Sums, place: int) -> dict[str, float]:
+        """`_low` and `_high` of both walks."""
+        bounds = dict[str, float]()
+        for name, of_drafter in (("walk_acc_len", sums), ("ngram_walk_acc_len", self._ngram)):
+            tokens, rounds = of_drafter.replicates[place].T
+            if self._replicates:
+                low, high = interval(np.divide(tokens, rounds, out=np.full(len(rounds), np.nan), where=rounds > 0))
+                bounds |= {f"{prefix}{name}_low": low, f"{prefix}{name}_high": high}
+        return bounds
 
 
 def _named(numbers: dict[str, Any]) -> dict[str, Any]:

@@ -81,5 +81,6 @@ def _sglang(trained: TrainedDraft, name: str | Path) -> list[str]:
         own = [f"--speculative-num-steps {tokens}", "--speculative-eagle-topk 1", f"--speculative-num-draft-tokens {tokens + 1}"]
         return ["--speculative-algorithm EAGLE3", f"--speculative-draft-model-path {name}", *own]
     algorithm = "DSPARK" if trained.name == "dspark" else "DFLASH"
-    width = tokens + 1
-    return [f"--speculative-algorithm {algorithm}", f"--speculative-draft-model-path {name}", f"--speculative-num-draft-tokens {width}"]
+    own = [f"--speculative-draft-model-path {name}", f"--speculative-num-draft-tokens {tokens + 1}"]
+    # SGLang's Domino computes in bfloat16 alone.
+    return [f"--speculative-algorithm {algorithm}", *own, *(["--dtype bfloat16"] if trained.name == "domino" else [])]

@@ -3,6 +3,7 @@
 from dataclasses import asdict
 from pathlib import Path
 
+import torch
 from safetensors.torch import save_file
 
 from specforge import files
@@ -32,8 +33,13 @@ def write_checkpoint(imported: Imported, target_path: Path, run: Path) -> Path:
     with files.writable(run, ExportError), files.staging(final) as folder:
         (folder / "draft").mkdir()
         files.write_json(folder / "draft" / "config.json", asdict(imported.config))
-        save_file({name: tensor.contiguous() for name, tensor in imported.tensors.items()}, folder / "draft" / "model.safetensors")
+        save_file({name: _as_trained(tensor) for name, tensor in imported.tensors.items()}, folder / "draft" / "model.safetensors")
         stored = {"format_version": FORMAT_VERSION, **state.as_dict(), "world_size": 1, "settings": settings, "best": None}
         files.write_json(folder / "state.json", stored)
     files.relative_link(run / "latest", final.name)
     return final
+
+
+def _as_trained(tensor: torch.Tensor) -> torch.Tensor:
+    """Weights as training keeps them, in float32, which holds bfloat16 and float16 exactly."""
+    return (tensor.float() if tensor.is_floating_point() else tensor).contiguous()

@@ -17,9 +17,10 @@ _ENGINE_OF = {"sglang": "sglang", "vllm": "vllm", "speculators": "vllm"}
 _DEEPSEEK = ("deepseek_v2", "deepseek_v3", "deepseek_v32")
 
 
-def loaded_by(name: str, config: Any, target: TargetConfig) -> tuple[str, ...]:
-    """The engines that serve such a draft as it was trained."""
-    return tuple(engine for engine in ENGINES if not why_not(name, config, target, engine))
+def loaded_by(name: str, config: Any, target: TargetConfig, format_name: str) -> tuple[str, ...]:
+    """The engines that serve such a draft as it was trained from a folder of this format."""
+    readers = ("vllm",) if format_name == "speculators" else tuple(ENGINES)
+    return tuple(engine for engine in readers if not why_not(name, config, target, engine))
 
 
 def require_loadable(name: str, config: Any, target: TargetConfig, format_name: str) -> None:
@@ -36,7 +37,7 @@ def why_no_format(name: str, config: Any, target: TargetConfig, format_name: str
     reason = _for_all(config, target)
     if not reason and format_name in _ENGINE_OF:
         return why_not(name, config, target, _ENGINE_OF[format_name])
-    if not reason and not loaded_by(name, config, target):
+    if not reason and not loaded_by(name, config, target, format_name):
         return "; ".join(why_not(name, config, target, engine) for engine in ENGINES)
     return reason
 
@@ -49,6 +50,8 @@ def why_not(name: str, config: Any, target: TargetConfig, engine: str) -> str:
 def _for_all(config: Any, target: TargetConfig) -> str:
     if config.experts:
         return f"its feed-forwards are mixtures of {config.experts} experts, and engines know only dense ones in drafts"
+    if config.aux_layer_ids[-1] >= target.num_hidden_layers:
+        return f"it reads hidden state {config.aux_layer_ids[-1]}, the output of its target's last layer, which engines do not hand over"
     rope = config.rope_parameters
     kind = rope.get("rope_type", "default")
     if kind not in TYPES:

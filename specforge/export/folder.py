@@ -34,6 +34,8 @@ def export(trained: TrainedDraft, format_name: str, out: Path) -> dict[str, Any]
     with files.writable(out.parent, ExportError), files.staging(out, leave_out=(CARD,)) as folder:
         files.write_json(folder / "config.json", config_of(trained, format_name))
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        # It is written for its owner alone, and an engine may run as somebody else.
+        (folder / "model.safetensors").chmod((folder / "config.json").stat().st_mode)
         if trained.calibration is not None:
             shutil.copyfile(trained.calibration, folder / trained.calibration.name)
         record = record_of(trained, format_name)
@@ -51,7 +53,7 @@ def record_of(trained: TrainedDraft, format_name: str) -> dict[str, Any]:
         "format_version": 1,
         "specforge": __version__,
         "format": format_name,
-        "loaded_by": list(loaded_by(trained.name, config, target)),
+        "loaded_by": list(loaded_by(trained.name, config, target, format_name)),
         "method": trained.name,
         "draft_tokens": trained.method.draft_tokens,
         "served_tokens": trained.served_tokens,

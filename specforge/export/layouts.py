@@ -73,7 +73,8 @@ def _layers(trained: TrainedDraft) -> dict[str, Any]:
         "attention_bias": False,
         "mlp_bias": False,
         "tie_word_embeddings": False,
-        "torch_dtype": str(trained.method.draft.fc.weight.dtype).removeprefix("torch."),
+        # What engines compute in, whatever the file holds: SGLang makes float16 of float32, and the target's features would not fit it.
+        "torch_dtype": str(trained.embedding_VH.dtype).removeprefix("torch."),
     }
 
 
@@ -86,6 +87,8 @@ def _shared(trained: TrainedDraft) -> dict[str, Any]:
         top = {"draft_vocab_size": config.draft_vocab_size, "norm_before_residual": False, **flags, **mask}
     else:
         top = {"draft_vocab_size": config.vocab_size, "block_size": config.block_size, "mask_token_id": config.mask_token_id}
+    if trained.name == "dflash":
+        top |= {"sample_from_anchor": False}
     return {"target_hidden_size": config.target_hidden_size, **top, **(_dspark(config) if trained.name == "dspark" else {})}
 
 
@@ -114,7 +117,7 @@ def _original(trained: TrainedDraft) -> dict[str, Any]:
         block |= {"projector_type": "domino", **domino}
         top |= domino
     if trained.name == "dspark":
-        block |= _dspark(config)
+        block |= {key: value for key, value in _dspark(config).items() if key != "sample_from_anchor"}  # vLLM asks the top level alone
     return {
         **top,
         "layer_types": list(config.layer_types),

@@ -10,14 +10,24 @@ from typing import Any
 import torch
 
 from specforge import files
-from specforge.config.methods import registered
+from specforge.config.methods import DFlashOptions, registered
 from specforge.data.vocabulary import DraftVocabulary
 from specforge.errors import ConfigError, ExportError
+from specforge.export.contract.keys import Keys
+from specforge.export.contract.unknown import require_neutral
 from specforge.features.tables import TargetTables
 
 _PICKLES = (".bin", ".pt", ".pth")
 _CHAINS = ("LlamaForCausalLMEagle3", "Eagle3LlamaForCausalLM", "LlamaForCausalLM")
+_LEGACY_NORMS = {
+    "aux_norm_low.weight": "fc_norm.0.weight",
+    "aux_norm_mid.weight": "fc_norm.1.weight",
+    "aux_norm_high.weight": "fc_norm.2.weight",
+}
+_PARTS = ("transformer_layer_config", "speculators_config", "dflash_config", "eagle_config", "rope_parameters", "rope_scaling")
 _RECORD = "specforge.json"
+_BLOCK_SIZE = 16
+"""What engines take where a DFlash draft does not say."""
 _IDS = "eagle_aux_hidden_state_layer_ids"
 
 
@@ -41,10 +51,15 @@ def read_layout(folder: Path, tables: TargetTables, draft_tokens: int | None) ->
     """
     stored = files.read_object(folder / "config.json", ExportError)
     layers = stored.get("transformer_layer_config") or stored
+    for part in (stored, layers):
+        files.check_fields(
+            {name: part.get(name) or {} for name in _PARTS}, f"{folder}/config.json", ExportError, **dict.fromkeys(_PARTS, dict)
+        )
     kind = _kind(folder, stored)
     tensors = _read_tensors(folder)
+    _require_plain(folder, stored, layers, len(tensors))
     _require_rope(folder, layers, tables)
-    ids = _captured(folder, stored, tables.config.num_hidden_layers)
+    ids = _captured(folder, stored, kind, layers["num_hidden_layers"], tables.config.num_hidden_layers)
     if kind == "eagle3":
         return _eagle3(folder, stored, layers, tensors, tables, ids, draft_tokens)
     return _dflash(folder, stored, layers, tensors, tables, ids)
@@ -54,7 +69,7 @@ def _kind(folder: Path, stored: dict[str, Any]) -> str:
     if "speculators_model_type" in stored:
         kind = stored["speculators_model_type"]
     else:
-        named = (stored.get("architectures") or ["none"])[0]
+        named = next(iter(stored.get("architectures") or ()), "none") if isinstance(stored.get("architectures"), list) else "none"
         kind = "eagle3" if named in _CHAINS else "dflash" if named == "DFlashDraftModel" else named
         if kind == "dflash" and "projector_type" in (stored.get("dflash_config") or {}):
             kind = "domino"
@@ -85,6 +100,20 @@ def _read_tensors(folder: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
+def _require_plain(folder: Path, stored: dict[str, Any], layers: dict[str, Any], tensors: int) -> None:
+    """No key that would make its layers others than those of a draft here."""
+    where = f"{folder}/config.json"
+    for part in (stored, layers, stored.get("eagle_config") or {}, stored.get("dflash_config") or {}):
+        require_neutral(Keys({name: value for name, value in part.items() if name != "use_aux_norm"}, where))
+    if layers.get("hidden_act", "silu") != "silu":
+        raise ExportError(f"{where}: hidden_act is {files.shown(layers['hidden_act'])}; feed-forwards of drafts here have silu.")
+    files.check_fields(layers, where, ExportError, num_hidden_layers=int, intermediate_size=int)
+    if not 0 < layers["num_hidden_layers"] <= tensors:
+        raise ExportError(
+            f"{where}: num_hidden_layers is {layers['num_hidden_layers']}, and its weights are {tensors} tensors; take another copy."
+        )
+
+
 def _require_rope(folder: Path, layers: dict[str, Any], tables: TargetTables) -> None:
     nested = layers.get("rope_parameters") or {}
     flat = {**(layers.get("rope_scaling") or {}), "rope_theta": layers.get("rope_theta", 10_000.0)}
@@ -95,8 +124,8 @@ def _require_rope(folder: Path, layers: dict[str, Any], tables: TargetTables) ->
         raise ExportError(f"{folder}/config.json: its RoPE is {found}, the target's {wanted}; drafts here rotate as their target does.")
 
 
-def _captured(folder: Path, stored: dict[str, Any], num_layers: int) -> tuple[int, ...]:
-    """What it reads, as indices of hidden states; where it does not say, what both engines capture then."""
+def _captured(folder: Path, stored: dict[str, Any], kind: str, draft_layers: int, num_layers: int) -> tuple[int, ...]:
+    """What it reads, as indices of hidden states; where it does not say, what engines capture then for such a draft."""
     block, eagle = stored.get("dflash_config") or {}, stored.get("eagle_config") or {}
     counted_from_1 = [stored.get(_IDS), stored.get("aux_hidden_state_layer_ids")]
     counted_from_0 = [eagle.get(_IDS), block.get("target_layer_ids"), stored.get("target_layer_ids")]
@@ -112,9 +141,16 @@ def _captured(folder: Path, stored: dict[str, Any], num_layers: int) -> tuple[in
         raise ExportError(
             f"{folder}/config.json: says that it reads hidden states {' and '.join(map(str, sorted(found)))}; ask its authors."
         )
-    if not found and num_layers < 7:
+    if not found and num_layers < max(7, draft_layers + 3):
         raise ExportError(f"{folder}/config.json: does not say which layers it reads, and a target of {num_layers} layers has no default.")
-    return found.pop() if found else (2, num_layers // 2, num_layers - 3)
+    if not found and kind == "dflash":
+        return DFlashOptions(layers=draft_layers).captured_layers(num_layers)
+    ids = found.pop() if found else (2, num_layers // 2, num_layers - 3)
+    if ids[0] < 0 or ids[-1] >= num_layers:
+        raise ExportError(
+            f"{folder}/config.json: reads hidden states {ids}; of a target of {num_layers} layers drafts read 0 to {num_layers - 1}."
+        )
+    return ids
 
 
 def _eagle3(
@@ -124,17 +160,19 @@ def _eagle3(
     residual = stored.get("norm_before_residual", "speculators_model_type" in stored)
     if residual is not False:
         raise ExportError(f"{folder}/config.json: norm_before_residual is true, or not said; drafts here add the plain feature.")
+    if stored.get("tie_word_embeddings") or (stored.get("eagle_config") or {}).get("use_aux_hidden_state") is False:
+        raise ExportError(f"{folder}/config.json: its head is its embedding, or it captures no layers; drafts here have both of their own.")
     record = files.read_object(folder / _RECORD, ExportError) if (folder / _RECORD).exists() else {}
     tokens = draft_tokens or record.get("draft_tokens") or _proposed(stored)
     if not files.is_a(tokens, int):
         raise ConfigError(f"{folder}: does not say for how many drafts it was trained; give --draft-tokens.")
     _drop_table(folder, tensors, "embed_tokens.weight", tables.embedding[: tables.config.vocab_size])
-    tensors = {name.replace("self_attn.", "").replace("mlp.", ""): tensor for name, tensor in tensors.items()}
+    tensors = {_LEGACY_NORMS.get(name, name.replace("self_attn.", "").replace("mlp.", "")): tensor for name, tensor in tensors.items()}
     _one_norm(folder, tensors)
     vocab = tables.config.vocab_size
     d2t = tensors.setdefault("d2t", torch.zeros(vocab, dtype=torch.int64)).to(torch.int64)
-    kept = torch.arange(len(d2t)) + d2t
-    if bool((kept < 0).any()) or bool((kept >= vocab).any()) or bool((kept.diff() <= 0).any()):
+    kept = torch.arange(d2t.numel()) + d2t
+    if d2t.dim() != 1 or bool((kept < 0).any()) or bool((kept >= vocab).any()) or bool((kept.diff() <= 0).any()):
         raise ExportError(f"{folder}: draft id + d2t must ascend below {vocab}; its d2t holds no offsets.")
     member = torch.zeros(vocab, dtype=torch.bool)
     member[kept] = True
@@ -145,12 +183,13 @@ def _eagle3(
     frozen = record["head"] == "target" if "head" in record else head is None or torch.equal(head, tables.head[kept].to(head.dtype))
     if frozen:
         _drop_table(folder, tensors, "lm_head.weight", tables.head[kept])
+    norms = {"fc_norm": stored.get("use_aux_norm", False), **(stored.get("eagle_config") or {}), **stored}
     known = registered("eagle3")
     with files.foreign(folder / "config.json", ExportError, "its options are none that EAGLE-3 has here"):
         options = known.options(
             draft_tokens=tokens, layers=layers["num_hidden_layers"], draft_vocab_size=0 if len(d2t) == vocab else len(d2t),
             intermediate_size=layers["intermediate_size"], head="frozen" if frozen else "trained",
-            **{name: bool(stored.get(name, False)) for name in ("fc_norm", "norm_before_fc", "norm_output")},
+            **{name: bool(norms.get(name, False)) for name in ("fc_norm", "norm_before_fc", "norm_output")},
         )  # fmt: skip
     config = known.load().config_of(options, tables, ids, len(d2t))
     return _fitted(folder, layers, Imported("eagle3", options, config, tensors))
@@ -173,10 +212,16 @@ def _dflash(
     vocab = tables.config.vocab_size
     _drop_table(folder, tensors, "embed_tokens.weight", tables.embedding[:vocab])
     _drop_table(folder, tensors, "lm_head.weight", tables.head[:vocab])
+    if not files.is_a(block.get("mask_token_id"), int):
+        named = f", only mask_token {files.shown(block['mask_token'])}" if "mask_token" in block else ""
+        raise ExportError(
+            f"{folder}/config.json: holds no mask_token_id{named}; write the id that its target's tokenizer has for it there."
+        )
     known, types = registered("dflash"), tuple(block.get("layer_types") or ())
     with files.foreign(folder / "config.json", ExportError, "its options are none that DFlash has here"):
         options = known.options(
-            block_size=block["block_size"], layers=layers["num_hidden_layers"], intermediate_size=layers["intermediate_size"],
+            block_size=block.get("block_size", _BLOCK_SIZE), layers=layers["num_hidden_layers"],
+            intermediate_size=layers["intermediate_size"],
             mask_token_id=block["mask_token_id"], layer_types=types,
             sliding_window=block.get("sliding_window") or 0 if "sliding_attention" in types else 0,
         )  # fmt: skip

@@ -70,6 +70,7 @@ class FeatureMeta:
 
     @property
     def bytes_per_token(self) -> int:
+        """What a token takes on the disk."""
         return bytes_per_token(len(self.aux_layer_ids), self.hidden_size, self.dtype, self.teacher_top_k)
 
     @property
@@ -176,6 +177,7 @@ class FeatureWriter:
         self._shard_samples: list[int] = []
 
     def add(self, sample: Sample, features: SampleFeatures) -> None:
+        """Raises FeatureError where a feature is not finite."""
         check_finite(sample.id, features)
         waiting_tokens = sum(len(one.input_ids) for one in self._waiting) + len(features.input_ids)
         if self._waiting and waiting_tokens * self.meta.bytes_per_token > self.shard_bytes:
@@ -251,6 +253,7 @@ class LocalFeatureStore:
         return self.meta.aux_layer_ids
 
     def read(self, number: int) -> SampleFeatures:
+        """The features of a sample by its number, 0 to len - 1."""
         return SampleFeatures.of({name: self._rows(number, name) for name in self.meta.tensors})
 
     def reading(self, spans: Spans, position: int) -> contextlib.AbstractContextManager[None]:

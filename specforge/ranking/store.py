@@ -55,6 +55,7 @@ class UserStore:
         return slice(int(self._row_begin_U1[user]), int(self._row_begin_U1[user + 1]))
 
     def read(self, user: int) -> UserRows:
+        """The rows of a user by number, 0 to U - 1."""
         rows, signs = self.rows_of(user), slice(int(self._sign_begin_U1[user]), int(self._sign_begin_U1[user + 1]))
         sign_V, count_RS = self._stored.get_slice("sign_V")[signs].numpy(), self._stored.get_slice("count_NS")[rows].numpy()
         return UserRows(sign_V, count_RS, self.label_N[rows], self.scored_N[rows])

@@ -1,5 +1,7 @@
 """Charts as SVG: a frame with ticks and units, and in it lines, bands, points and bars of classes that the style sheet colours.
 
+A class `r3` says that something belongs to run number 3, `n3` that it is the n-gram drafter on the rows of that run; what belongs to
+no run that is shown is hidden.
 All coordinates are units of a view box of 360 by 236, which a phone shows at full size.
 """
 
@@ -8,6 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from specforge.report.marks import outline
 from specforge.report.markup import Markup, element, join
 
 WIDTH, HEIGHT = 360.0, 236.0
@@ -25,10 +28,15 @@ def ticks(low: float, high: float, wanted: int = 5) -> list[float]:
 
 
 def plain(value: float) -> str:
-    """A number for an axis or a table cell: 12,300 or 0.25."""
-    if value == int(value):
-        return f"{int(value):,}"
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+    """A number for an axis: 12,300 or 0.25."""
+    return f"{value:,.0f}" if value == int(value) or abs(value) >= 1000 else f"{value:.3g}"
+
+
+def short(value: float) -> str:
+    """A number for the narrow margin of an axis: 120k for 120,000."""
+    if abs(value) >= 1e6:
+        return f"{value / 1e6:.4g}M"
+    return f"{value / 1e3:.4g}k" if abs(value) >= 1e4 else plain(value)
 
 
 @dataclass
@@ -44,6 +52,7 @@ class Chart:
     """Places and words; None: round numbers."""
     height: float = HEIGHT
     left: float = LEFT
+    right: float = RIGHT
     _parts: list[Markup] = field(default_factory=list)
     _series: list[dict[str, object]] = field(default_factory=list)
 
@@ -52,27 +61,32 @@ class Chart:
         x, y = point
         across = (x - self.x[0]) / ((self.x[1] - self.x[0]) or 1.0)
         up = (y - self.y[0]) / ((self.y[1] - self.y[0]) or 1.0)
-        return self.left + across * (WIDTH - self.left - RIGHT), self.height - BOTTOM - up * (self.height - TOP - BOTTOM)
+        return self.left + across * (WIDTH - self.left - self.right), self.height - BOTTOM - up * (self.height - TOP - BOTTOM)
 
     def line(self, points: Sequence[Point], classes: str, name: str = "", digits: int = 3) -> None:
         """A line; with a `name` the pointer finds its values."""
         if points:
             path = "M" + "L".join(f"{x:.1f},{y:.1f}" for x, y in map(self.at, points))
-            self._parts.append(element("path", d=path, class_=f"line {classes}"))
+            self._parts.append(element("path", d=path, class_=f"line {classes}".strip()))
         if points and name:
             shown = [[*(round(place, 1) for place in self.at(point)), plain(point[0]), f"{point[1]:,.{digits}f}"] for point in points]
-            self._series.append({"name": name, "class": classes.split()[0], "points": shown})
+            self._series.append({"name": name, "class": classes, "points": shown})
+
+    def level(self, value: float, classes: str, name: str) -> None:
+        """A line all across for what has one value, which the pointer finds everywhere."""
+        self.line([(x, value) for x in self.x], classes)
+        self._series.append({"name": name, "class": classes, "level": f"{value:.3f}", "points": []})
 
     def band(self, lows: Sequence[Point], highs: Sequence[Point], classes: str) -> None:
         if lows:
             path = "M" + "L".join(f"{x:.1f},{y:.1f}" for x, y in map(self.at, [*lows, *reversed(highs)])) + "Z"
             self._parts.append(element("path", d=path, class_=f"band {classes}"))
 
-    def dots(self, points: Sequence[Point], classes: str, radius: float = 3.0, tips: Sequence[str] = ()) -> None:
+    def dots(self, points: Sequence[Point], run: int, style: str = "", radius: float = 3.0, tips: Sequence[str] = ()) -> None:
+        """The shape of the run at each of the points."""
         for number, point in enumerate(points):
-            x, y = self.at(point)
             tip = tips[number] if tips else None
-            self._parts.append(element("circle", cx=x, cy=y, r=radius, class_=f"dot {classes}", data_tip=tip))
+            self._parts.append(element("path", d=outline(run, *self.at(point), radius), class_=f"dot r{run} {style}".strip(), data_tip=tip))
 
     def stroke(self, begin: Point, end: Point, classes: str, tip: str | None = None) -> None:
         (x1, y1), (x2, y2) = self.at(begin), self.at(end)
@@ -97,8 +111,8 @@ class Chart:
         """The picture; `summary` says in words what it shows, for those who do not see it."""
         data = json.dumps(self._series) if self._series else None
         return element(
-            "svg", self._frame(), *self._parts, element("g", class_="cursor"),
-            viewBox=f"0 0 {WIDTH:g} {self.height:g}", role="img", aria_label=f"{self.title}. {summary}", data_series=data,
+            "svg", self._frame(), *self._parts, element("g", class_="cursor"), viewBox=f"0 0 {WIDTH:g} {self.height:g}", role="img",
+            aria_label=f"{self.title}. {summary}", data_series=data, data_x=self.x_label, tabindex="0" if data else None,
         )  # fmt: skip
 
     def _frame(self) -> Markup:
@@ -108,7 +122,7 @@ class Chart:
         for value in ticks(*self.y) if self.y_label else ():
             _, y = self.at((self.x[0], value))
             drawn.append(element("line", x1=left, y1=y, x2=right, y2=y, class_="grid"))
-            drawn.append(element("text", plain(value), x=left - 7, y=y + 3.5, class_="tick end"))
+            drawn.append(element("text", short(value), x=left - 7, y=y + 3.5, class_="tick end"))
         for value, word in self.x_ticks if self.x_ticks is not None else [(value, plain(value)) for value in ticks(*self.x)]:
             x, _ = self.at((value, self.y[0]))
             drawn.append(element("line", x1=x, y1=bottom, x2=x, y2=bottom + 4, class_="axis"))

@@ -12,15 +12,27 @@
   };
   const hush = () => { tip.hidden = true; };
 
-  // The legend: a run and everything of its class, all over the page.
+  // The legend: what belongs to hidden runs alone is hidden, all over the page; a class r3 or n3 says that it belongs to run 3.
+  const hidden = (classes) => {
+    const runs = classes.split(" ").filter((name) => /^[rn]\d$/.test(name));
+    return runs.length > 0 && runs.every((name) => off.has(name[1]));
+  };
+  const owned = [...document.querySelectorAll("header [class], main [class]")];
   for (const button of document.querySelectorAll("[data-run]")) {
-    const name = button.dataset.run;
-    const things = document.querySelectorAll(`main .${name}, main .n${name.slice(1)}`);
     button.addEventListener("click", () => {
       const shown = button.getAttribute("aria-pressed") !== "true";
       button.setAttribute("aria-pressed", String(shown));
-      off[shown ? "delete" : "add"](name);
-      for (const thing of things) thing.classList.toggle("off", !shown);
+      off[shown ? "delete" : "add"](button.dataset.run);
+      for (const thing of owned) thing.classList.toggle("off", hidden(thing.getAttribute("class")));
+    });
+  }
+
+  // What was drafted wrongly, inside the texts.
+  for (const button of document.querySelectorAll("[data-refusals]")) {
+    button.addEventListener("click", () => {
+      const shown = button.getAttribute("aria-pressed") !== "true";
+      button.setAttribute("aria-pressed", String(shown));
+      button.closest("figure").classList.toggle("refusals", shown);
     });
   }
 
@@ -48,32 +60,47 @@
     choose(tabs[0]);
   }
 
-  // The pointer over a chart finds the nearest place of its lines, and says their values there.
+  // Over a chart, the pointer or the arrow keys choose a place; each line says its value at the nearest of its points.
   for (const svg of document.querySelectorAll("svg[data-series]")) {
     const series = JSON.parse(svg.dataset.series);
     const cursor = svg.querySelector(".cursor");
-    const leave = () => { cursor.replaceChildren(); hush(); };
+    const { width, height } = svg.viewBox.baseVal;
+    const shown = () => series.filter((one) => !hidden(one.class));
+    const nearest = (points, x) => points.reduce((best, point) => (Math.abs(point[0] - x) < Math.abs(best[0] - x) ? point : best));
+    let place = null;
+    const leave = () => { place = null; cursor.replaceChildren(); hush(); };
+    const choose = (x, left, top) => {
+      const seen = shown();
+      const places = seen.flatMap(({ points }) => points);
+      if (places.length === 0) { leave(); return; }
+      const at = nearest(places, x);
+      place = at[0];
+      const line = document.createElementNS(svg.namespaceURI, "line");
+      for (const [name, value] of Object.entries({ x1: place, x2: place, y1: 22, y2: height - 40 })) line.setAttribute(name, value);
+      cursor.replaceChildren(line);
+      const words = seen.map(({ name, level, points }) => {
+        if (level) return `${name}: ${level}`;
+        const point = nearest(points, place);
+        return `${name}: ${point[3]}${point[2] === at[2] ? "" : ` (at ${point[2]})`}`;
+      });
+      say([`${svg.dataset.x} ${at[2]}`, ...words].join("\n"), left, top);
+    };
     svg.addEventListener("pointerleave", leave);
+    svg.addEventListener("blur", leave);
     svg.addEventListener("pointermove", (event) => {
       if (event.target.dataset.tip) { cursor.replaceChildren(); return; }
       const box = svg.getBoundingClientRect();
-      const x = (event.clientX - box.left) * svg.viewBox.baseVal.width / box.width;
-      const seen = series.filter((one) => !off.has(one.class));
-      let nearest = null;
-      for (const { points } of seen) {
-        for (const point of points) {
-          if (nearest === null || Math.abs(point[0] - x) < Math.abs(nearest[0] - x)) nearest = point;
-        }
-      }
-      if (nearest === null) { leave(); return; }
-      const line = document.createElementNS(svg.namespaceURI, "line");
-      for (const [name, value] of Object.entries({ x1: nearest[0], x2: nearest[0], y1: 22, y2: svg.viewBox.baseVal.height - 40 })) line.setAttribute(name, value);
-      cursor.replaceChildren(line);
-      const words = seen.map(({ name, class: kind, points }) => {
-        const level = kind === "ngram" ? points[0] : points.find((point) => point[2] === nearest[2]);
-        return level ? `${name}: ${level[3]}` : null;
-      });
-      say([nearest[2], ...words.filter((word) => word !== null)].join("\n"), event.clientX, event.clientY);
+      choose((event.clientX - box.left) * width / box.width, event.clientX, event.clientY);
+    });
+    svg.addEventListener("keydown", (event) => {
+      const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
+      if (!step) return;
+      event.preventDefault();
+      const places = [...new Set(shown().flatMap(({ points }) => points.map(([x]) => x)))].sort((a, b) => a - b);
+      const now = place === null ? (step > 0 ? -1 : places.length) : places.indexOf(place);
+      const x = places[Math.min(Math.max(now + step, 0), places.length - 1)];
+      const box = svg.getBoundingClientRect();
+      choose(x, box.left + x * box.width / width, box.top + box.height / 2);
     });
   }
 
@@ -82,4 +109,5 @@
     if (thing) say(thing.dataset.tip, event.clientX, event.clientY);
     else if (!event.target.closest("svg[data-series]")) hush();
   });
+  document.addEventListener("keydown", (event) => { if (event.key === "Escape") hush(); });
 }

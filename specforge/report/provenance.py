@@ -4,6 +4,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from specforge.eval.record import EvaluationRecord
 from specforge.report.markup import Markup, element, join
 from specforge.report.panel import table
 from specforge.report.run import Run
@@ -11,7 +12,7 @@ from specforge.report.run import Run
 
 def provenance_panels(runs: Sequence[Run]) -> list[Markup]:
     return [
-        _card("Origin", table(["", *(run.name for run in runs)], _origin(runs), label="Origin"), "origin"),
+        _card("Origin", table("Where the numbers come from", ["what", *(run.name for run in runs)], _origin(runs)), "origin"),
         *([_card("Settings that differ", _differences(runs), "differences")] if len(runs) > 1 else []),
         *(_run(run, number) for number, run in enumerate(runs)),
     ]
@@ -27,22 +28,28 @@ def _origin(runs: Sequence[Run]) -> list[list[str]]:
 
 
 def _facts(run: Run) -> dict[str, str]:
-    settings = run.state.get("settings", {})
     made_with = run.record.made_with if run.record else {}
     times = [line["time"] for line in [*run.lines, *run.events] if isinstance(line.get("time"), int | float)]
     return {
         "folder": str(run.folder),
         "method": run.method,
-        "target": str(run.config.get("model", {}).get("target_path", "-")),
-        "target's fingerprint": str(settings.get("target_fingerprint") or "-")[:16],
+        "target": run.target or "-",
+        "target's fingerprint": run.fingerprint or "-",
         "forked from": (run.branch.parent if run.branch else "") or "-",
         "ranks of the training": str(run.state.get("world_size", "-")),
         "first and last line (UTC)": f"{_moment(min(times))} to {_moment(max(times))}" if times else "-",
-        "checkpoint of the evaluation": run.checkpoint,
+        "checkpoint of the evaluation": run.checkpoint or "-",
         "held-out rows": run.record.data if run.record else str(run.config.get("data", {}).get("eval_path") or "-"),
+        "on other rows": "; ".join(_elsewhere(record) for record in run.elsewhere) or "-",
         "evaluated (UTC)": _moment(run.record.time) if run.record else "while training",
         "evaluated with": ", ".join(f"{name} {value}" for name, value in made_with.items()) or "-",
     }
+
+
+def _elsewhere(record: EvaluationRecord) -> str:
+    walk = record.numbers.get("eval/walk_acc_len")
+    measured = "no walk" if walk is None else f"walk {walk:.3f}"
+    return f"{record.checkpoint}, {record.data}: {measured} on {record.numbers.get('eval/samples', '?')} samples"
 
 
 def _moment(seconds: float) -> str:
@@ -53,7 +60,7 @@ def _differences(runs: Sequence[Run]) -> Markup:
     flat = [flattened(run.config) for run in runs]
     keys = sorted({key for settings in flat for key in settings})
     rows = [[key, *(settings.get(key, "–") for settings in flat)] for key in keys if len({settings.get(key) for settings in flat}) > 1]
-    return table(["setting", *(run.name for run in runs)], rows, label="Settings that differ") if rows else element("p", "None.")
+    return table("One column a run", ["setting", *(run.name for run in runs)], rows) if rows else element("p", "None.")
 
 
 def flattened(settings: Mapping[str, Any], prefix: str = "") -> dict[str, str]:

@@ -10,9 +10,10 @@ from typing import Any
 from specforge import files
 from specforge.config import RankingConfig, load_task, to_dict
 from specforge.errors import CheckpointError, DataError
+from specforge.eval.acceptance import domains_of
 from specforge.eval.record import EvaluationRecord, read_records
 from specforge.log.run_log import read_metrics
-from specforge.training.run_folder import Best, Branch, find_checkpoints, read_best, read_branch
+from specforge.training.run_folder import Best, Branch, find_checkpoints, newest, read_best, read_branch
 
 Points = list[tuple[int, float]]
 
@@ -33,9 +34,11 @@ class Run:
     best: Best | None
     checkpoints: list[str]
     state: dict[str, Any]
-    """`state.json` of the newest checkpoint; empty where there is none."""
+    """`state.json` of the checkpoint where the run stands; empty where there is none."""
     record: EvaluationRecord | None
-    """The evaluation of the best checkpoint or, without one, of the newest that was evaluated."""
+    """The evaluation of the best checkpoint or, without one, of the furthest that was evaluated, on the rows that the training held out."""
+    elsewhere: list[EvaluationRecord]
+    """Evaluations on other rows."""
 
     @classmethod
     def read(cls, folder: Path) -> "Run":
@@ -48,8 +51,9 @@ class Run:
         if not metrics.is_file():
             raise CheckpointError(f"RUN={str(folder)!r}: holds no metrics.jsonl; give the output_dir of a training.")
         lines = read_metrics(metrics, superseded=False)
-        complete, best, records = find_checkpoints(folder), read_best(folder), read_records(folder)
-        of_best = [record for record in records if best and record.checkpoint == best.checkpoint]
+        complete, last, best, records = find_checkpoints(folder), newest(folder), read_best(folder), read_records(folder)
+        held_out = [record for record in records if record.held_out]
+        of_best = [record for record in held_out if best and record.checkpoint == best.checkpoint]
         branch = read_branch(folder)
         return cls(
             folder=folder,
@@ -60,8 +64,9 @@ class Run:
             branch=branch,
             best=best,
             checkpoints=[checkpoint.path.name for checkpoint in complete],
-            state=files.read_object(complete[-1].path / "state.json", CheckpointError) if complete else {},
-            record=next(iter([*of_best, *reversed(records)]), None),
+            state=files.read_object(last.path / "state.json", CheckpointError) if last else {},
+            record=next(iter([*of_best, *reversed(held_out)]), None),
+            elsewhere=[record for record in records if not record.held_out],
         )
 
     def renamed(self, name: str) -> "Run":
@@ -72,9 +77,24 @@ class Run:
         return str(self.config.get("method", {}).get("name", "-"))
 
     @property
+    def target(self) -> str:
+        return str(self.config.get("model", {}).get("target_path", ""))
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the files of the target that the draft was trained for."""
+        return str(self.state.get("settings", {}).get("target_fingerprint") or "")[:16]
+
+    @property
     def checkpoint(self) -> str:
-        """The checkpoint that the numbers are of."""
-        return self.record.checkpoint if self.record else self.best.checkpoint if self.best else "-"
+        """The checkpoint that the numbers are of; empty where they are of a step that was not saved."""
+        of_best = self.best.checkpoint if self.best and self.step == self.best.step else ""
+        return self.record.checkpoint if self.record else of_best
+
+    @property
+    def step(self) -> int | None:
+        """The step that the numbers are of."""
+        return self.record.step if self.record else self.numbers.get("step")
 
     @cached_property
     def numbers(self) -> dict[str, Any]:
@@ -109,11 +129,16 @@ class Run:
         values = self._listed(self.numbers.get(name, []), name)
         return [math.nan if value is None else self._number(value, name) for value in values]
 
+    def named_values(self, name: str) -> dict[str, float]:
+        """An object of the evaluation whose values are numbers; empty where it was not measured."""
+        values = self.numbers.get(name, {})
+        if not isinstance(values, dict):
+            raise DataError(f"{self.folder}: {name}={files.shown(values)} must be an object; restore the file, or measure again.")
+        return {str(key): self._number(value, f"{name}/{key}") for key, value in values.items()}
+
     @property
     def domains(self) -> list[str]:
-        before, after = "eval/", "/acc_len"
-        named = [name for name in self.numbers if name.startswith(before) and name.endswith(after)]
-        return sorted({name[len(before) : -len(after)] for name in named} - {""})
+        return domains_of(self.numbers)
 
     def _number(self, value: object, name: str) -> float:
         if isinstance(value, bool) or not isinstance(value, int | float):

@@ -5,9 +5,8 @@ from typing import Any
 
 from specforge import files
 from specforge.errors import CheckpointError
-from specforge.report.acceptance import EVALUATE
 from specforge.report.markup import Markup, element, join
-from specforge.report.panel import missing, tabs
+from specforge.report.panel import EVALUATE, missing, tabs
 from specforge.report.run import Run
 
 _FIELDS: dict[str, Any] = {"id": str, "domain": str, "prompt": str, "first": str, "rounds": list}
@@ -19,17 +18,12 @@ def text_panels(runs: Sequence[Run]) -> list[Markup]:
     if not told:
         return [missing("Answers", "No evaluation was kept.", EVALUATE)]
     meaning = (
-        "Held-out answers as a greedy chain decoder says them: coloured tokens were drafted and accepted, plain ones are the target's own, "
-        "a thin line begins a round. Point at a plain token to see what the draft had said in its place."
+        "Held-out answers as a greedy chain decoder says them: underlined tokens were drafted and accepted, plain ones are the "
+        "target's own, an upright line begins a round."
     )
-    return [
-        element(
-            "figure",
-            element("figcaption", meaning),
-            tabs("texts", [(run.name, _answers(run, number)) for number, run in told]),
-            class_="texts",
-        )
-    ]
+    toggle = element("button", "Show what was drafted wrongly", type="button", aria_pressed="false", data_refusals=True)
+    panes = [(run.name, _answers(run, number)) for number, run in told]
+    return [element("figure", element("figcaption", meaning), toggle, tabs("texts", "Runs", panes), class_="texts")]
 
 
 def _answers(run: Run, number: int) -> Markup:
@@ -39,25 +33,20 @@ def _answers(run: Run, number: int) -> Markup:
 
 def _answer(text: Any, number: int, where: str) -> Markup:
     files.check_fields(text, where, CheckpointError, **_FIELDS)
-    tokens, accepted, rounds = (
-        [element("span", text["first"], class_="own", data_tip="the target's, before any round")],
-        0,
-        0,
-    )
     for each in text["rounds"]:
         files.check_fields(each, f"{where}, a round", CheckpointError, **_ROUND)
-        drafted = [str(piece) for piece in each["accepted"]]
-        said = f"the draft said {each['refused']!r}" if each["refused"] else "no draft for this token"
-        accepted, rounds = accepted + len(drafted), rounds + 1
-        tokens.append(
-            element(
-                "span",
-                *(element("span", piece, class_="drafted") for piece in drafted),
-                element("span", each["own"], class_="own", data_tip=said) if each["own"] else None,
-                class_="round",
-            )
-        )
-    per_round = f"{(accepted + sum(bool(each['own']) for each in text['rounds'])) / rounds:.2f} tokens per round" if rounds else "no round"
+    accepted = sum(len(each["accepted"]) for each in text["rounds"])
+    own = sum(bool(each["own"]) for each in text["rounds"])
+    per_round = f"{(accepted + own) / len(text['rounds']):.2f} tokens per round" if text["rounds"] else "no round"
     head = " · ".join(word for word in (text["domain"], text["id"], per_round, f"{accepted} accepted") if word)
     prompt = element("details", element("summary", "the prompt"), element("pre", text["prompt"]))
-    return element("article", element("h4", head), prompt, element("pre", *tokens, class_="answer"), class_=f"answer-of r{number}")
+    first = element("span", text["first"], class_="own", data_tip="the target's, before any round")
+    answer = element("pre", first, *map(_round, text["rounds"]), class_="answer")
+    return element("article", element("h4", head), prompt, answer, class_=f"answer-of r{number}")
+
+
+def _round(each: dict[str, Any]) -> Markup:
+    drafted = (element("span", str(piece), class_="drafted") for piece in each["accepted"])
+    said = f"the draft said {each['refused']!r}" if each["refused"] else "no draft for this token"
+    own = element("span", each["own"], class_="own", data_tip=said, data_refused=each["refused"] or None) if each["own"] else None
+    return element("span", *drafted, own, class_="round")

@@ -7,8 +7,9 @@ from specforge.report.markup import Markup
 from specforge.report.panel import missing, panel
 from specforge.report.run import Points, Run
 
-EVERY_POINT = 400
+MOST_POINTS = 400
 """Longer lines are thinned: a screen has no more columns."""
+MOST_MARKS = 60
 
 
 def training_panels(runs: Sequence[Run]) -> list[Markup]:
@@ -46,9 +47,20 @@ def speed_panels(runs: Sequence[Run]) -> list[Markup]:
 
 
 def thinned(points: Points) -> Points:
-    """At most `EVERY_POINT` of the points and the last one."""
-    stride = -(-len(points) // EVERY_POINT)
-    return [*points[:: stride or 1], *([points[-1]] if points and (len(points) - 1) % (stride or 1) else [])]
+    """About `MOST_POINTS` of the points and the last one: the least and the greatest of each stretch, so that a peak stays in sight."""
+    if len(points) <= MOST_POINTS:
+        return points
+    stretch = -(-2 * len(points) // MOST_POINTS)
+    kept = {len(points) - 1}
+    for begin in range(0, len(points), stretch):
+        places = range(begin, min(begin + stretch, len(points)))
+        kept |= {min(places, key=lambda place: points[place][1]), max(places, key=lambda place: points[place][1])}
+    return [points[place] for place in sorted(kept)]
+
+
+def _marked(points: Points) -> Points:
+    """The points that bear the mark of their run: all, or where they would touch each other the last one."""
+    return points if len(points) <= MOST_MARKS else points[-1:]
 
 
 def _curve(
@@ -74,48 +86,52 @@ def _curve(
     chart = Chart(title, "optimiser step", unit, _steps([points for *_, points in series]), around(values, min(0.0, *values), top))
     for number, style, name, points in series:
         chart.line(points, f"r{number} {style}", name, digits)
-        if style == "points":
-            chart.dots(points, f"r{number}", radius=2.2)
+        chart.dots(_marked(points) if style == "points" else points[-1:], number, radius=2.2)
     ends = [f"{name} ends at {points[-1][1]:.{digits}f}" for *_, name, points in series if points]
     return panel(title, chart.svg("; ".join(ends)), meaning)
 
 
 def _walk(runs: Sequence[Run]) -> Markup:
     """The number that counts, with its interval, against the n-gram drafter on the same answers."""
-    title, name, ngram = "Tokens per round", "eval/walk_acc_len", "eval/ngram_walk_acc_len"
-    curves = [(run.points(name), run.points(name + "_low"), run.points(name + "_high")) for run in runs]
-    ends = [run.points(ngram)[-1:] for run in runs]
-    values = [y for curve in curves for points in curve for _, y in points] + [y for points in ends for _, y in points]
-    if not any(points for points, _, _ in curves):
+    title = "Tokens per round"
+    curves = [[run.points(f"eval/walk_acc_len{bound}") for bound in ("", "_low", "_high")] for run in runs]
+    levels = _ngram_levels(runs)
+    values = [y for curve in curves for points in curve for _, y in points] + [y for level in levels for y in level]
+    if not any(points for points, *_ in curves):
         why = "No evaluation has a walk: nothing was evaluated, or the rows are not the target's own answers."
         return missing(title, why, "specforge eval RUN/config.yaml --checkpoint RUN/latest")
-    chart = Chart(title, "optimiser step", "tokens per round, walk", _steps([curve[0] for curve in curves]), around(values, 1.0))
-    for number, (run, points) in enumerate(zip(runs, ends, strict=True)):
-        _baseline(chart, run, number, points, ngram, seen=[end[0][1] for end in ends[:number] if end])
+    chart = Chart(title, "optimiser step", "tokens per round, walk", _steps([points for points, *_ in curves]), around(values, 1.0))
+    for (ngram, *bounds), numbers in levels.items():
+        owners = " ".join(f"n{number}" for number in numbers)
+        if len(bounds) == 2:
+            low, high = bounds
+            chart.band([(x, low) for x in chart.x], [(x, high) for x in chart.x], f"ngram {owners}")
+        chart.level(ngram, f"ngram dashed {owners}", "n-gram")
+    said = []
     for number, (run, (points, lows, highs)) in enumerate(zip(runs, curves, strict=True)):
-        chart.band(lows, highs, f"r{number}")
-        chart.line(points, f"r{number}", run.name)
-        chart.dots(points, f"r{number}", radius=2.2)
-        if run.best:
-            best = [point for point in points if point[0] == run.best.step]
-            tips = [f"{run.name}, best: step {step}, {value:.3f}" for step, value in best]
-            chart.dots(best, f"r{number} ring", 5.0, tips)
-    said = [f"{run.name} ends at {points[-1][1]:.3f}" for run, (points, _, _) in zip(runs, curves, strict=True) if points]
+        chart.band(thinned(lows), thinned(highs), f"r{number}")
+        chart.line(thinned(points), f"r{number}", run.name)
+        chart.dots(_marked(points), number, radius=2.2)
+        best = [point for point in points if run.best and point[0] == run.best.step]
+        chart.dots(best, number, "ring", 5.5, [f"{run.name}, best checkpoint: step {step:,}, {value:.3f}" for step, value in best])
+        said += [f"{run.name} ends at {points[-1][1]:.3f}"] if points else []
     meaning = (
-        "What a greedy chain decoder commits a round on held-out answers; bands are 95 % intervals, the ring is the best checkpoint. "
-        "A draft below the dashed n-gram is worth nothing."
+        "What a greedy chain decoder commits a round on held-out answers; bands are 95 % intervals, the hollow mark is the best "
+        "checkpoint. A draft below the dashed n-gram is worth nothing."
     )
     return panel(title, chart.svg("; ".join(said)), meaning)
 
 
-def _baseline(chart: Chart, run: Run, number: int, points: Points, name: str, seen: Sequence[float]) -> None:
-    """The n-gram drafter learns nothing, so its number is one level; runs on the same rows share it."""
-    if not points or points[0][1] in seen:
-        return
-    lows, highs = run.points(name + "_low")[-1:], run.points(name + "_high")[-1:]
-    for low, high in zip(lows, highs, strict=False):
-        chart.band([(x, low[1]) for x in chart.x], [(x, high[1]) for x in chart.x], f"ngram n{number}")
-    chart.line([(x, points[0][1]) for x in chart.x], f"ngram dashed n{number}", "n-gram")
+def _ngram_levels(runs: Sequence[Run]) -> dict[tuple[float, ...], list[int]]:
+    """The n-gram drafter's walk, with its interval where it has one, and the numbers of the runs it belongs to: it learns nothing, so a
+    run has one level, and runs on the same rows share it."""
+    levels = dict[tuple[float, ...], list[int]]()
+    for number, run in enumerate(runs):
+        ends = [run.points(f"eval/ngram_walk_acc_len{bound}")[-1:] for bound in ("", "_low", "_high")]
+        level = tuple(value for points in ends for _, value in points)
+        if level:
+            levels.setdefault(level, []).append(number)
+    return levels
 
 
 def _steps(curves: Sequence[Points]) -> tuple[float, float]:

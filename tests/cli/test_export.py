@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from specforge import files
 from specforge.cli.__main__ import main
@@ -12,6 +13,7 @@ from specforge.cli.export import read_trained
 from specforge.config.methods import Eagle3Options
 from specforge.data.template import Encoder
 from specforge.export.engines import why_no_format
+from specforge.export.layouts import config_of
 from specforge.features.tables import TargetTables
 from specforge.methods.eagle3 import derive_config
 from specforge.training.run_folder import read_best
@@ -67,6 +69,16 @@ def test_words_that_contradict_each_other(trained: Path, tmp_path: Path, capsys:
     assert main(["export", "--check", str(tmp_path / "nothing")]) == 6
 
 
+def test_the_data_type_is_that_of_the_target(trained: Path) -> None:
+    """Whatever the file holds: SGLang computes in float16 where a configuration says float32."""
+    draft = read_trained(trained / "latest", "")
+    draft.method.embedding_VH = draft.method.embedding_VH.bfloat16()
+    assert draft.method.draft.fc.weight.dtype == torch.float32
+    for to in ("sglang", "speculators"):
+        config = config_of(draft, to)
+        assert config["torch_dtype"] == config.get("transformer_layer_config", config)["torch_dtype"] == "bfloat16"
+
+
 def test_shapes_that_an_engine_takes_for_others(target_path: Path) -> None:
     """SGLang: one captured layer loses its fusion, embeddings have no number, DeepSeek counts otherwise. Both: a context of their own."""
     tables = TargetTables.read(target_path)
@@ -80,6 +92,7 @@ def test_shapes_that_an_engine_takes_for_others(target_path: Path) -> None:
     assert "leaves out the fusion" in reason((2,), "sglang") and not reason((2,), "speculators")
     assert "embeddings" in reason((0, 2), "sglang") and "embeddings" in reason((0, 2), "vllm")
     assert "deepseek_v3" in reason((1, 2, 3), "sglang", "deepseek_v3") and not reason((2, 3), "sglang", "deepseek_v3")
+    assert all("last layer" in reason((1, 2, 4), to) for to in ("hf", "sglang", "vllm", "speculators"))
     assert "2048 positions" in reason((1, 2, 3), "vllm", positions=2048)
 
 

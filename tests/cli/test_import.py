@@ -53,12 +53,13 @@ def test_there_and_back_is_the_same_acceptance(to: str, run: tuple[Any, Path], p
 
 
 def test_an_imported_draft_is_trained_on_and_decoded_with(trained: Path, prepared: tuple[Path, list[str]], tmp_path: Path) -> None:
-    """A folder as EAGLE publishes them: `midlayer`, flat RoPE alone, no flags, no t2d; nothing says how many drafts."""
+    """A folder as EAGLE publishes them: `midlayer`, bfloat16, flat RoPE alone, no flags, no t2d; nothing says how many drafts."""
     folder, settings = prepared
     out = tmp_path / "out"
     assert main(["export", "--checkpoint", str(trained / "latest"), "--to", "sglang", "--out", str(out)]) == 0
     weights = load_file(out / "model.safetensors")
     weights.pop("t2d")
+    weights = {name: tensor.bfloat16() if tensor.is_floating_point() else tensor for name, tensor in weights.items()}
     save_file({name.replace("layers.0.", "midlayer."): tensor for name, tensor in weights.items()}, out / "model.safetensors")
     config = json.loads((out / "config.json").read_text())
     for key in ("rope_parameters", "fc_norm", "norm_output", "norm_before_fc", "norm_before_residual", "eagle_aux_hidden_state_layer_ids"):

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from specforge.eval.acceptance import Columns, acceptance, answers, count_sample, walk
+from specforge.eval.acceptance import Columns, acceptance, answers, count_sample, domains_of
 from specforge.eval.bootstrap import poisson_weights
 from specforge.eval.walked import Walked, walked_answers
 
@@ -39,6 +39,22 @@ def test_counts_by_hand() -> None:
     assert numbers["acc_len"] == pytest.approx(1 + 3 / 4 + 1 / 4)
     assert numbers["walk_acc_len"] == 2.0
     assert numbers["walk_acc_len_by_draft_tokens"] == [4 / 3, 2.0]
+
+
+def test_the_example_of_the_concepts_page() -> None:
+    """Nine places, hard ones in the middle: rounds begin at 1, 4, 5, 6 and 7."""
+    ids_S, mask_S = np.arange(20, 31), np.arange(11) >= 1
+    proposals_SK = np.full((11, 2), -1)
+    for start in (1, 2, 3, 7, 8, 9):
+        proposals_SK[start, 0] = ids_S[start + 1]
+    for start in (1, 2, 3, 7, 8):
+        proposals_SK[start, 1] = ids_S[start + 2]
+    numbers = acceptance(count_sample(ids_S, mask_S, np.append(ids_S[1:], 0), proposals_SK), Columns(2))
+    assert numbers["walk_acc_len"] == 9 / 5
+    assert numbers["walk_histogram"] == [3, 0, 2]
+    assert numbers["acc_len"] == pytest.approx(1 + 6 / 9 + 5 / 9)
+    assert numbers["per_position_acc"] == [6 / 9, 5 / 8]
+    assert numbers["simulated_acc_len"] == pytest.approx(6 / 9 + 6 / 9 * 5 / 8)
 
 
 def test_an_oracle_reaches_the_longest_walk_and_a_mute_draft_walks_one_by_one() -> None:
@@ -107,7 +123,6 @@ def test_walk_is_left_out_where_the_text_is_not_the_targets() -> None:
     assert "walk_acc_len" not in acceptance(counts, columns)
     counts[columns.matches] = 98
     assert acceptance(counts, columns)["walk_acc_len"] == 2.0
-    assert walk(counts, columns) == 2.0
 
 
 def test_poisson_weights_depend_on_seed_and_id_only() -> None:
@@ -117,3 +132,15 @@ def test_poisson_weights_depend_on_seed_and_id_only() -> None:
     assert (weights != poisson_weights(2, "a", 4000)).any()
     assert abs(weights.mean() - 1) < 0.1
     assert abs(weights.var() - 1) < 0.15
+
+
+def test_domains_by_the_names_of_numbers() -> None:
+    names = [
+        "eval/acc_len",
+        "eval/math/algebra/acc_len",
+        "eval/code/acc_len",
+        "eval/code/walk_acc_len",
+        "eval/ngram_acc_len",
+        "perf/x/acc_len",
+    ]
+    assert domains_of(names) == ["code", "math/algebra"]

@@ -1,6 +1,7 @@
 """One evaluation, however it is cut: micro-batches, ranks, empty shards."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from specforge.eval.evaluator import Evaluator
 from specforge.features.store import LocalFeatureStore
 from specforge.training.backend import FSDPTrainingBackend
 from tests.ranks import Collectives, run_ranks
-from tests.tiny import make_method, make_samples, make_store
+from tests.tiny import make_answered, make_method, make_samples, make_store, train
 
 K = 3
 
@@ -94,3 +95,25 @@ def test_counts_add_up_over_domains(target_path: Path, store: LocalFeatureStore)
     assert {name.split("/")[1] for name in numbers if name.count("/") == 2} == {"a", "b"}
     low, high = sorted(numbers[f"eval/{domain}/acc_len"] for domain in "ab")
     assert low <= numbers["eval/acc_len"] <= high
+
+
+def test_a_domains_interval_is_that_of_its_samples_alone(target_path: Path, tmp_path: Path) -> None:
+    """Weights follow the sample's id, so what stands beside a domain changes nothing; nine samples are too few for an interval."""
+    samples = [
+        SimpleNamespace(**vars(sample) | {"id": f"{copy}{sample.id}", "domain": "ab"[copy]})
+        for copy in (0, 1)
+        for sample in make_answered(target_path)
+    ]
+    both = make_store(tmp_path / "both", target_path, samples[:19])
+    alone = make_store(tmp_path / "alone", target_path, samples[:10])
+    method = train(make_method(target_path, both), both)
+    with torch.no_grad():
+        of_both, of_alone = (
+            Evaluator(store, World(), draft_tokens=K, micro_batch_tokens=60, bootstrap=200).evaluate(method) for store in (both, alone)
+        )
+    for name in ("walk_acc_len", "ngram_walk_acc_len"):
+        bounds = [of_both[f"eval/a/{name}{bound}"] for bound in ("_low", "", "_high")]
+        assert bounds == [of_alone[f"eval/{name}{bound}"] for bound in ("_low", "", "_high")] == sorted(bounds)
+        assert bounds[0] < bounds[2] and bounds != [of_both[f"eval/{name}{bound}"] for bound in ("_low", "", "_high")]
+        assert f"eval/b/{name}" in of_both and f"eval/b/{name}_low" not in of_both
+    assert (of_both["eval/a/samples"], of_both["eval/b/samples"], of_both["eval/samples"]) == (10, 9, 19)

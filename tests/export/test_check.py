@@ -2,6 +2,7 @@
 
 import ast
 import json
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -45,6 +46,41 @@ def renamed(values: dict[str, torch.Tensor]) -> None:
 def truncated(folder: Path) -> None:
     data = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(data[:-100])
+
+
+def rope(**changes: Any) -> Change:
+    """In both forms; None takes a key away."""
+
+    def act(values: dict[str, Any]) -> None:
+        for part in (values["rope_parameters"], values["rope_scaling"]):
+            part.update(changes)
+            for key in [key for key, value in changes.items() if value is None]:
+                part.pop(key)
+
+    return config(act)
+
+
+def prefixed(text: bytes) -> Change:
+    def act(folder: Path) -> None:
+        (folder / "config.json").write_bytes(text + (folder / "config.json").read_bytes())
+
+    return act
+
+
+def said_twice(folder: Path) -> None:
+    """The last one is what is true: readers of JSON differ in which they take."""
+    text = (folder / "config.json").read_text()
+    (folder / "config.json").write_text('{"num_hidden_layers": 7,' + text.strip()[1:])
+
+
+def indexed(folder: Path) -> None:
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"fc.weight": "../other.safetensors"}}))
+
+
+def piped(folder: Path) -> None:
+    """Reading it would wait for its writer."""
+    (folder / "config.json").unlink()
+    os.mkfifo(folder / "config.json")
 
 
 def pickled(folder: Path) -> None:
@@ -110,6 +146,21 @@ EAGLE: dict[str, tuple[Change, str]] = {
     "tied head": (config(lambda c: c.update(tie_word_embeddings=True)), r"tie_word_embeddings=True"),
     "no draft vocabulary": (config(lambda c: c.pop("draft_vocab_size")), r"draft_vocab_size is missing"),
     "unknown class": (config(lambda c: c.update(architectures=["LlamaForCausalLM"])), r"architectures=.*must be a list of one of"),
+    "rope of a word": (config(lambda c: c.update(rope_scaling="yarn")), r"rope_scaling='yarn'.*the two must agree"),
+    "rope without factor": (rope(factor=None), r"factor is missing; must be a positive number"),
+    "rope of a word for a number": (rope(factor="8"), r"factor='8'; must be a positive number"),
+    "rope of half a head": (rope(partial_rotary_factor=0.5), r"partial_rotary_factor=0\.5; engines act on it"),
+    "rope of two types": (rope(type="yarn"), r"type='yarn'; rope_type says llama3"),
+    "class is no word": (config(lambda c: c.update(architectures=[["x"]])), r"architectures=\[\['x'\]\]; must be a list of one of"),
+    "layers without end": (config(lambda c: c.update(num_hidden_layers=10**12)), r"num_hidden_layers=10+; .*from 1 to 1024"),
+    "eps of a thousand digits": (config(lambda c: c.update(rms_norm_eps=10**1000)), r"rms_norm_eps=10+; must be a positive number"),
+    "quantised": (config(lambda c: c.update(quantization_config={"quant_method": "fp8"})), r"quantization_config=.*engines act on it"),
+    "no such type": (config(lambda c: c.update(torch_dtype="int8")), r"torch_dtype='int8'; must be one of float32"),
+    "two types": (config(lambda c: c.update(dtype="float16")), r"dtype='float16'; torch_dtype says otherwise"),
+    "an index": (indexed, r"index\.json: engines look for weights where it says"),
+    "a key twice": (said_twice, r"a key occurs twice"),
+    "a byte order mark": (prefixed(b"\xef\xbb\xbf"), r"not valid JSON"),
+    "a pipe": (piped, r"config\.json: is no file"),
     "another eps": (config(lambda c: c.update(rms_norm_eps=1e-2)), r"config\.json: its SHA-256"),
 }  # fmt: skip
 
@@ -123,6 +174,18 @@ BLOCK: dict[str, tuple[Change, str]] = {
     "causal": (config(lambda c: c["dflash_config"].update(causal=True)), r"causal=True; must be False"),
     "no layer types": (config(lambda c: c.pop("layer_types")), r"layer_types is missing"),
     "two block sizes": (config(lambda c: c["dflash_config"].update(block_size=16)), r"block_size=16; must be 4"),
+    "causal by its other name": (config(lambda c: c.update(is_causal=True)), r"is_causal=True; engines act on it"),
+    "causal by its nested name": (config(lambda c: c["dflash_config"].update(is_causal=True)), r"is_causal=True; engines act on it"),
+    "nested layer types": (
+        config(lambda c: c["dflash_config"].update(layer_types=["sliding_attention"] * 2)),
+        r"layer_types=.*dflash_config says",
+    ),
+    "layer types are no words": (config(lambda c: c.update(layer_types=[[], []])), r"layer_types=\[\[\], \[\]\]; must say"),
+    "a window of nothing": (config(lambda c: c.update(sliding_window=8)), r"sliding_window=8; no layer slides"),
+    "slides": (config(lambda c: c.update(use_sliding_window=True)), r"use_sliding_window=True; must be False"),
+    "sinks": (config(lambda c: c["dflash_config"].update(attention_sink_bias=True)), r"attention_sink_bias=True; engines act on it"),
+    "Domino by its flat name": (config(lambda c: c.update(projector_type="domino")), r"projector_type is missing; must be 'domino'"),
+    "anchor's row unsaid": (config(lambda c: c.pop("sample_from_anchor")), r"sample_from_anchor is missing; must be False"),
     "the last layer": (config(lambda c: c.update(num_target_layers=3)), r"num_target_layers=3; hidden state 3"),
 }
 
@@ -138,7 +201,21 @@ SPECULATORS: dict[str, tuple[Change, str]] = {
     "other layers": (config(lambda c: c.update(eagle_aux_hidden_state_layer_ids=[1, 2, 4])), r"trained with hidden_state_ids \(1, 2, 3\)"),
     "no captured layers": (config(lambda c: c.pop("eagle_aux_hidden_state_layer_ids")), r"eagle_aux_hidden_state_layer_ids is missing"),
     "residual unsaid": (config(lambda c: c.pop("norm_before_residual")), r"norm_before_residual is missing"),
+    "lossy": (
+        config(lambda c: c["speculators_config"]["proposal_methods"][0].update(accept_tolerance=0.5)), r"accept_tolerance=0\.5; must be",
+    ),
     "another method": (config(lambda c: c["speculators_config"].update(algorithm="dflash")), r"algorithm='dflash'; must be 'eagle3'"),
+}  # fmt: skip
+
+
+SPECULATORS_BLOCK: dict[str, tuple[Change, str]] = {
+    "layer types beside the layers": (
+        config(lambda c: c.update(layer_types=c["transformer_layer_config"].pop("layer_types"))), r"layer_types is missing",
+    ),
+    "rnn": (config(lambda c: c.update(markov_head_type="rnn")), r"markov_head_type='rnn'; must be 'vanilla'"),
+    "longer than the block": (
+        config(lambda c: c["speculators_config"]["proposal_methods"][0].update(speculative_tokens=5)), r"speculative_tokens=5; .* to 4",
+    ),
 }  # fmt: skip
 
 
@@ -163,6 +240,18 @@ def test_a_changed_block_folder(mutation: str, exported: Saved, capsys: pytest.C
 @pytest.mark.parametrize("mutation", SPECULATORS)
 def test_a_changed_speculators_folder(mutation: str, exported: Saved, capsys: pytest.CaptureFixture[str]) -> None:
     assert_refused(exported("eagle3", "speculators"), *SPECULATORS[mutation], capsys)
+
+
+@pytest.mark.parametrize("mutation", SPECULATORS_BLOCK)
+def test_a_changed_block_folder_of_speculators(mutation: str, exported: Saved, capsys: pytest.CaptureFixture[str]) -> None:
+    assert_refused(exported("dspark", "speculators"), *SPECULATORS_BLOCK[mutation], capsys)
+
+
+@pytest.mark.parametrize("direction", ["causal", "is_causal"])
+def test_one_direction_for_layers_of_two(direction: str, exported: Saved, capsys: pytest.CaptureFixture[str]) -> None:
+    """Sliding layers look back alone, full ones do not, and either key would give all layers one direction."""
+    folder = exported("dflash", "sglang", rope="yarn", layers=2, layer_types=("sliding_attention", "full_attention"), sliding_window=3)
+    assert_refused(folder, config(lambda c: c["dflash_config"].update({direction: False})), "give all layers one direction", capsys)
 
 
 def test_d2t_that_counts_is_named_where_nothing_else_is_known(exported: Saved) -> None:

@@ -119,3 +119,19 @@ def test_both_countings_of_layers(exported: Saved) -> None:
     assert config["eagle_config"]["eagle_aux_hidden_state_layer_ids"] == [0, 1, 2]
     config = json.loads((exported("dflash", "vllm") / "config.json").read_text())
     assert config["dflash_config"]["target_layer_ids"] == [layer - 1 for layer in config["eagle_aux_hidden_state_layer_ids"]]
+
+
+def test_what_the_row_of_the_anchor_does_is_said_where_it_is_read(exported: Saved) -> None:
+    """At the top level; vLLM wants no true one among DFlash's own keys. The file may be read by another user as its configuration may."""
+    for name, to, drafts in (("dflash", "vllm", False), ("dflash", "speculators", False), ("dspark", "vllm", True)):
+        folder = exported(name, to)
+        config = json.loads((folder / "config.json").read_text())
+        assert config["sample_from_anchor"] is drafts and "sample_from_anchor" not in config.get("dflash_config", {})
+        assert (folder / "model.safetensors").stat().st_mode == (folder / "config.json").stat().st_mode
+
+
+def test_who_reads_a_folder(exported: Saved) -> None:
+    """SGLang does not know the layout of speculators, and its Domino computes in bfloat16 alone."""
+    for to, engines in (("vllm", ["sglang", "vllm"]), ("speculators", ["vllm"])):
+        assert json.loads((exported("eagle3", to) / "specforge.json").read_text())["loaded_by"] == engines
+    assert "--dtype bfloat16" in (exported("domino", "sglang") / "README.md").read_text()

@@ -88,16 +88,6 @@ def test_commands(block: Block, checkout: Path) -> None:
     assert done.returncode == 0, f"{lines}\n{done.stdout[-1500:]}\n{done.stderr[-3000:]}"
 
 
-def test_the_site_is_built_without_a_warning_and_loads_nothing_from_elsewhere(tmp_path: Path) -> None:
-    done = shell(f"{ROOT}/scripts/docs.sh {tmp_path}/site", tmp_path)
-    assert done.returncode == 0, done.stderr[-3000:]
-    pages = list((tmp_path / "site").rglob("*.html"))
-    assert len(pages) > 25
-    for page in pages:
-        assert not re.findall(r"<(?:script|link|img|iframe)[^>]*(?:src|href)=\"?(?:https?:)?//[^>]*", page.read_text()), page
-    assert "Optimiser steps; 0: as many as" in (tmp_path / "site" / "api" / "configuration.html").read_text()
-
-
 def test_a_command_that_fails_is_noticed(checkout: Path) -> None:
     done = shell("specforge export --check runs/quickstart\ntrue", checkout)
     assert done.returncode == 6

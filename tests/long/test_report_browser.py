@@ -51,6 +51,10 @@ class Browser:
     def find(self, selector: str) -> list[WebElement]:
         return self.driver.find_elements(By.CSS_SELECTOR, selector)
 
+    def bring(self, thing: WebElement) -> None:
+        """Into the middle of the window, past the bar at its top."""
+        self.run("arguments[0].scrollIntoView({block: 'center', behavior: 'instant'})", thing)
+
     def background(self) -> int:
         """Brightness of the page's paper, 0 to 765."""
         colour = self.run("return getComputedStyle(document.body).backgroundColor")
@@ -99,7 +103,7 @@ def test_it_renders_alone(browser: Browser) -> None:
         browser.show(width, dark=dark)
         assert browser.run("return [document.documentElement.scrollWidth, innerWidth]") in ([width, width], [width - 15, width]), name
         assert (browser.background() > 600) is not dark
-        for chart in browser.find("svg"):
+        for chart in browser.find("main svg"):
             if chart.is_displayed():
                 assert chart.size["width"] > 200 and chart.size["height"] > 100
         pictures.append(browser.screenshot(name))
@@ -112,14 +116,21 @@ def test_it_renders_alone(browser: Browser) -> None:
 
 def test_the_legend_hides_and_shows_a_run(browser: Browser) -> None:
     browser.show(1280)
-    button, line = browser.find("button[data-run=r1]")[0], browser.find("#training svg path.r1")[0]
+    button, line = browser.find("button[data-run='1']")[0], browser.find("#training svg path.r1")[0]
     assert line.is_displayed()
     button.click()
     assert button.get_attribute("aria-pressed") == "false"
     assert not any(thing.is_displayed() for thing in browser.find("main .r1"))
     assert browser.find("#training svg path.r0")[0].is_displayed()
+    assert not browser.find("header .r1")[0].is_displayed()
     browser.screenshot("one-hidden")
+    ngram = browser.find("#training svg path.ngram.line")[0]
+    for other in browser.find("button[data-run='0'], button[data-run='2']"):
+        assert ngram.is_displayed(), "it belongs to all runs on these rows"
+        other.click()
+    assert not ngram.is_displayed()
     button.click()
+    assert ngram.is_displayed()
     assert line.is_displayed() and button.get_attribute("aria-pressed") == "true"
 
 
@@ -128,7 +139,7 @@ def test_tabs_by_click_and_arrow(browser: Browser) -> None:
     first, second, third = browser.find("#confidence [role=tab]")
     panes = browser.find("#confidence [role=tabpanel]")
     assert [pane.is_displayed() for pane in panes] == [True, False, False]
-    browser.run("arguments[0].scrollIntoView({block: 'center', behavior: 'instant'})", second)
+    browser.bring(second)
     second.click()
     assert [pane.is_displayed() for pane in panes] == [False, True, False]
     assert (first.get_attribute("aria-selected"), second.get_attribute("aria-selected")) == ("false", "true")
@@ -140,11 +151,60 @@ def test_the_pointer_says_values(browser: Browser) -> None:
     """At the end of the curves: the step, and the value of each run there."""
     browser.show(1280)
     chart, tip = browser.find("#training svg")[0], browser.find(".tip")[0]
-    browser.run("arguments[0].scrollIntoView({block: 'center', behavior: 'instant'})", chart)
+    browser.bring(chart)
     ActionChains(browser.driver).move_to_element_with_offset(chart, int(chart.size["width"] * 0.44), 40).perform()
-    assert tip.text.splitlines() == ["20", "n-gram: 1.375", "first: 1.750", f"{HOSTILE}: 1.300", "third: 1.125"]
+    assert tip.text.splitlines() == ["optimiser step 20", "n-gram: 1.375", "first: 1.750", f"{HOSTILE}: 1.300", "third: 1.125"]
     bar = browser.find("#acceptance rect.r0")[0]
-    browser.run("arguments[0].scrollIntoView({block: 'center', behavior: 'instant'})", bar)
+    browser.bring(bar)
     ActionChains(browser.driver).move_to_element(bar).perform()
-    assert tip.text == "first: 20 rounds accept 0, 50.0%"
+    assert tip.text == "first: 20 rounds accept 0, share 0.500"
     assert browser.driver.get_log("browser") == []
+
+
+def test_the_keys_say_values(browser: Browser) -> None:
+    """Two steps to the right along the loss, one back; escape and leaving end it."""
+    browser.show(360)
+    chart, tip = browser.find("#training svg")[1], browser.find(".tip")[0]
+    browser.bring(chart)
+    chart.send_keys("\ue014\ue014\ue014")
+    assert tip.text.splitlines()[:3] == ["optimiser step 20", "first, training: 2.000", "first, held out: 2.500"]
+    chart.send_keys("\ue012\ue012")
+    assert tip.text.splitlines()[:2] == ["optimiser step 0", "first, training: 4.000 (at 10)"], "the nearest that it has"
+    chart.send_keys("\ue00c")
+    assert not tip.is_displayed()
+
+
+def test_what_was_drafted_wrongly_can_be_seen(browser: Browser) -> None:
+    browser.show(1280)
+    button, own = browser.find("[data-refusals]")[0], browser.find("[data-refused]")[0]
+    seen = "return getComputedStyle(arguments[0], '::before').content"
+    assert browser.run(seen, own) == "none"
+    browser.bring(button)
+    button.click()
+    assert browser.run(seen, own) not in ("none", "normal") and button.get_attribute("aria-pressed") == "true"
+    browser.screenshot("drafted-wrongly")
+
+
+CONTRAST = """
+const part = (value) => value <= .04045 ? value / 12.92 : ((value + .055) / 1.055) ** 2.4;
+const style = getComputedStyle(document.documentElement);
+const luminance = (name) => {
+  const [r, g, b] = style.getPropertyValue(name).match(/[0-9a-f]{2}/g).map((byte) => part(parseInt(byte, 16) / 255));
+  return .2126 * r + .7152 * g + .0722 * b;
+};
+const ratio = (one, other) => {
+  const [dark, bright] = [luminance(one), luminance(other)].sort((a, b) => a - b);
+  return (bright + .05) / (dark + .05);
+};
+const least = (names) => Math.min(...names.flatMap((name) => ["--paper", "--card"].map((ground) => ratio(name, ground))));
+const runs = [...Array(8).keys()].map((run) => `--c${run}`);
+return [least(["--ink", "--soft"]), ratio("--tip", "--tip-ink"), least(runs), least(["--ngram"])];
+"""
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_contrast(browser: Browser, dark: bool) -> None:
+    """Of the web's accessibility guidelines (WCAG 2.2): 4.5 for text, 3 for lines."""
+    browser.show(1280, dark=dark)
+    text, tip, runs, ngram = browser.run(CONTRAST)
+    assert text >= 4.5 and tip >= 4.5 and runs >= 3 and ngram >= 3

@@ -22,6 +22,8 @@ def evaluation(walk: float, domain: str = "code", **more: Any) -> dict[str, Any]
         "eval/ngram_walk_acc_len": 1.375, "eval/ngram_walk_acc_len_low": 1.25, "eval/ngram_walk_acc_len_high": 1.5,
         "eval/ngram_walk_histogram": [30, 6, 4],
         f"eval/{domain}/acc_len": 1.8, f"eval/{domain}/walk_acc_len": 1.625, f"eval/{domain}/ngram_walk_acc_len": 1.3125,
+        f"eval/{domain}/ngram_walk_acc_len_low": 1.0, f"eval/{domain}/ngram_walk_acc_len_high": 1.5,
+        f"eval/{domain}/samples": 12, f"eval/{domain}/walk_acc_len_low": 1.5, f"eval/{domain}/walk_acc_len_high": 1.75,
     }  # fmt: skip
     return numbers | more
 
@@ -45,7 +47,7 @@ def calibration() -> dict[str, Any]:
 LIVE = {
     "eval/live/samples": 3, "eval/live/answers": 3, "eval/live/same_answers": 3, "eval/live/predicted_tokens_per_round": 1.71875,
     "eval/live/tokens_per_round": 1.71875, "eval/live/survival": [0.5, 0.25], "eval/live/histogram": [16, 8, 8],
-    "eval/live/rounds": 32, "eval/live/tokens": 55, "eval/trees": {"2x2x4": 2.125},
+    "eval/live/predicted_histogram": [16, 8, 8], "eval/live/rounds": 32, "eval/live/tokens": 55, "eval/trees": {"2x2x4": 2.125},
 }  # fmt: skip
 
 
@@ -83,7 +85,7 @@ def write_run(
         }  # fmt: skip
         EvaluationRecord(
             checkpoint=f"step{10 * (len(walks) - 1)}", run_id=run_id, step=10 * (len(walks) - 1), time=1.0e9, made_with={"torch": "2.x"},
-            data="heldout.jsonl", numbers={**evaluation(walks[-1], domain), **calibration(), **LIVE},
+            data="heldout.jsonl", rows="0" * 64, held_out=True, numbers={**evaluation(walks[-1], domain), **calibration(), **LIVE},
             groups={version: [GROUPS] * 3 for version in ("raw", "platt", "temperature")}, texts=[text],
         ).write(folder)  # fmt: skip
     return folder

@@ -59,20 +59,27 @@ def _verify(folder: Path, manifest: Keys) -> None:
         path = folder / name
         if Path(name).is_absolute() or ".." in Path(name).parts:
             raise ExportError(f"{manifest.where}: {name[:80]!r} leads out of the folder; do not trust it.")
-        if not path.is_file():
-            raise ExportError(f"{path}: is listed in {MANIFEST} and missing. Export again.")
-        with path.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
+        try:
+            with path.open("rb") as file:
+                found = hashlib.file_digest(file, "sha256").hexdigest()
+        except (OSError, ValueError) as cause:
+            raise ExportError(f"{str(path)[:200]!r}: is listed in {MANIFEST} and cannot be read ({cause}). Export again.") from cause
         if found != Keys(stored, manifest.where).values.get("sha256"):
             raise ExportError(f"{path}: its SHA-256 is not the one in {MANIFEST}, so it was changed since. Export again.")
 
 
 def _object(path: Path) -> Any:
     try:
-        if path.stat().st_size > _LARGEST_BYTES:
-            raise ExportError(f"{path}: is larger than a configuration can be. Export again.")
-        return json.loads(path.read_bytes())
+        if not path.is_file() or path.stat().st_size > _LARGEST_BYTES:
+            raise ExportError(f"{path}: is no file, or larger than a configuration can be. Export again.")
+        return json.loads(path.read_bytes().decode(), object_pairs_hook=_without_repetition)
     except OSError as cause:
         raise ExportError(f"{path}: cannot be read ({cause.strerror}). Export again.") from cause
     except (ValueError, RecursionError) as cause:
         raise ExportError(f"{path}: is not valid JSON ({cause}). Export again.") from cause
+
+
+def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError("a key occurs twice in one object")
+    return dict(pairs)

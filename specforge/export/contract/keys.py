@@ -5,6 +5,8 @@ from typing import Any
 
 from specforge.errors import ExportError
 
+_LARGEST = 2**31
+
 
 class Keys:
     """An object of `config.json`. Asking for a key that is missing, or not what it must be, raises ExportError."""
@@ -23,15 +25,15 @@ class Keys:
             raise self.wrong(key, why)
         return Keys(self.values[key], f"{self.where}: {key}")
 
-    def count(self, key: str, least: int = 1) -> int:
+    def count(self, key: str, least: int = 1, most: int = _LARGEST) -> int:
         value = self.values.get(key)
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise self.wrong(key, f"must be a whole number from {least}")
+        if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+            raise self.wrong(key, f"must be a whole number from {least} to {most}")
         return value
 
     def number(self, key: str) -> float:
         value = self.values.get(key)
-        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < float("inf"):
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < 1e30:
             raise self.wrong(key, "must be a positive number")
         return float(value)
 

@@ -6,8 +6,16 @@ from typing import Any
 import torch
 
 from specforge.export.contract.keys import Keys
+from specforge.export.contract.unknown import require_neutral
 
-TYPES = ("default", "linear", "llama3", "yarn")
+_NUMBERS: dict[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "yarn": ("factor",),
+}
+_PERHAPS = ("original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
+TYPES = tuple(_NUMBERS)
 """What this reader can work out; others depend on the length of the text in ways that engines do not share."""
 
 
@@ -22,11 +30,23 @@ def both_forms(keys: Keys) -> dict[str, Any]:
         raise keys.wrong("rope_theta", f"rope_parameters says {theta}; the two must agree")
     scaling = keys.values["rope_scaling"] or {"rope_type": "default"}
     rope = {"rope_type": "default", **nested.values}
-    if {**scaling, "rope_theta": nested.values["rope_theta"]} != rope:
+    if not isinstance(scaling, dict) or {**scaling, "rope_theta": nested.values["rope_theta"]} != rope:
         raise keys.wrong("rope_scaling", f"rope_parameters says {nested.values}; the two must agree")
-    if rope["rope_type"] not in TYPES:
-        raise nested.wrong("rope_type", f"must be one of {', '.join(TYPES)}")
+    _require_known(Keys(rope, nested.where))
     return rope
+
+
+def _require_known(rope: Keys) -> None:
+    kind = rope.values["rope_type"]
+    if kind not in TYPES:
+        raise rope.wrong("rope_type", f"must be one of {', '.join(TYPES)}")
+    if rope.values.get("type", kind) != kind:
+        raise rope.wrong("type", f"rope_type says {kind}, and engines differ in which they ask")
+    for name in (*_NUMBERS[kind], *(name for name in _PERHAPS if kind == "yarn" and rope.values.get(name) is not None)):
+        rope.number(name)
+    if kind == "llama3" and not rope.number("low_freq_factor") < rope.number("high_freq_factor"):
+        raise rope.wrong("low_freq_factor", "must be smaller than high_freq_factor")
+    require_neutral(rope)
 
 
 def frequencies(rope: dict[str, Any], head_dim: int, max_positions: int) -> tuple[torch.Tensor, float]:

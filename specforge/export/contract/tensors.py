@@ -107,7 +107,10 @@ def _load(folder: Path) -> dict[str, torch.Tensor]:
     pickles = sorted(path.name for path in folder.iterdir() if path.suffix in _PICKLES)
     if pickles:
         raise ExportError(f"{folder / pickles[0]}: a pickle can execute what it likes and is not read; leave only {FILE}.")
-    shards = sorted(path.name for path in folder.glob("*.safetensors"))
+    indices = sorted(path.name for path in folder.glob("*.index.json"))
+    if indices:
+        raise ExportError(f"{folder / indices[0]}: engines look for weights where it says and not in {FILE}; remove it.")
+    shards = sorted(path.name for path in folder.glob("*.safetensors") if path.is_file())
     if shards != [FILE]:
         raise ExportError(f"{folder}: its safetensors are {shards}, must be {FILE} alone: not every engine reads several. Export again.")
     try:
