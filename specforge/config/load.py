@@ -17,6 +17,11 @@ from specforge.config.ranking import RankingConfig
 from specforge.config.schema import RunConfig
 from specforge.errors import ConfigError
 
+KEYS_HELP = (
+    "settings that win over the file, for example train.steps=100; every key stands with its default and meaning in "
+    "specforge/config/schema.py, those of method.options in methods.py beside it"
+)
+
 
 def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> RunConfig:
     """Merge defaults < file < overrides (`section.key=value`) for the training of a draft.

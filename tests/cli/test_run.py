@@ -15,7 +15,7 @@ import torch
 from specforge import __version__, files
 from specforge.cli.__main__ import COMMANDS, main
 from specforge.cli.compose import build_controller, evaluate_checkpoint, set_threads
-from specforge.config import RunConfig, load_config
+from specforge.config import KEYS_HELP, RunConfig, load_config
 from specforge.distributed import World
 from specforge.features.target import Target
 from specforge.log.run_log import read_metrics
@@ -226,7 +226,10 @@ def test_commands_explain_themselves(capsys: pytest.CaptureFixture[str]) -> None
         with pytest.raises(SystemExit) as ended:
             main([command, "--help"])
         assert ended.value.code == 0
-        assert f"usage: specforge {command}" in capsys.readouterr().out
+        shown = capsys.readouterr().out
+        assert f"usage: specforge {command}" in shown
+        if command in ("train", "prepare", "eval"):
+            assert KEYS_HELP in " ".join(shown.split())
     assert main(["trian"]) == 2
     assert "no command" in capsys.readouterr().err
 
