@@ -9,6 +9,8 @@
 #   SPECFORGE_PIP_ARGS   more arguments for `pip install`, as in scripts/setup.sh
 set -euo pipefail
 
+export PIP_DISABLE_PIP_VERSION_CHECK=1
+
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 venv="${SPECFORGE_DOCS_VENV:-$root/.venv-docs}"
 [[ "$venv" = /* ]] || venv="$PWD/$venv"
@@ -17,6 +19,7 @@ site="${1:-$root/site}"
 stamp="$venv/.complete"
 
 if ! cmp --quiet "$root/docs/constraints.txt" "$stamp"; then
+    echo "docs: installing mkdocs into $venv; this takes a minute" >&2
     "${SPECFORGE_PYTHON:-python3.11}" -m venv "$venv"
     # shellcheck disable=SC2086  # words, not one word
     "$venv/bin/python" -m pip install --quiet mkdocs mkdocs-material mkdocstrings-python ruff \

@@ -10,6 +10,8 @@
 #   SPECFORGE_PIP_ARGS   more arguments for `pip install`, as in scripts/setup.sh
 set -euo pipefail
 
+export PIP_DISABLE_PIP_VERSION_CHECK=1
+
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 case "${1:-speculators}" in
     speculators)
@@ -26,6 +28,7 @@ case "${1:-speculators}" in
         ;;
 esac
 if ! [[ -e "$venv/.complete" ]]; then
+    echo "peer: installing ${packages[0]} into $venv; this takes a few minutes" >&2
     "${SPECFORGE_PYTHON:-python3.11}" -m venv "$venv"
     # shellcheck disable=SC2086  # words, not one word
     # Of what it brings little is ever imported: bytecode is made then.

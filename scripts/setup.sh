@@ -7,6 +7,8 @@
 #                       without a GPU, name PyTorch's index of CPU wheels: SPECFORGE_PIP_ARGS="--extra-index-url URL"
 set -euo pipefail
 
+export PIP_DISABLE_PIP_VERSION_CHECK=1
+
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 venv="${SPECFORGE_VENV:-$root/.venv}"
 [[ "$venv" = /* ]] || venv="$PWD/$venv"
@@ -62,7 +64,7 @@ if [[ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]]; then
     rm -f "$stamp"
     touch "$unfinished"
     "$venv/bin/python" -m pip --version >/dev/null 2>&1 || "$venv/bin/python" -m ensurepip --upgrade >&2
-    echo "setup: installing specforge and its development tools into $venv" >&2
+    echo "setup: installing specforge and its development tools into $venv; this takes a few minutes" >&2
     # shellcheck disable=SC2086  # both hold words, not one word
     "$venv/bin/python" -m pip install --quiet $again -e "$root[dev]" -c "$root/constraints.txt" ${SPECFORGE_PIP_ARGS:-} >&2
     echo "$wanted" >"$stamp"

@@ -40,6 +40,7 @@ from specforge.training.run_folder import resolve
 from tests.texts import make_text_target, write_rows
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").rglob("*.yaml"))
+LINE = "the command line"
 EMBEDDED = {path.stem.removesuffix("-embedded"): path for path in CONFIGS if path.stem.endswith("-embedded")}
 EMBEDDED_TARGET = Path(target_report.__file__).parent / "target"
 
@@ -62,6 +63,49 @@ def test_a_learning_rate_that_no_draft_survives_is_refused(rate: str) -> None:
     assert load_config(CONFIGS[0], ["train.learning_rate=1"]).train.learning_rate == 1
     with pytest.raises(ConfigError, match=r"train\.learning_rate=.*must be positive and at most 1"):
         load_config(CONFIGS[0], [f"train.learning_rate={rate}"])
+
+
+def test_a_word_without_a_value_is_empty_text() -> None:
+    assert load_config(CONFIGS[0], ["data.eval_path="]).data.eval_path == ""
+
+
+@pytest.mark.parametrize(
+    ("text", "words", "message"),
+    [
+        ("", ["train.stepps=5"], f"train.stepps=5 on {LINE}: there is no such key; train.steps may be meant."),
+        ("train: {stepps: 5}", [], "train.stepps=5 in c.yaml: there is no such key; train.steps may be meant."),
+        (
+            "", ["steps=5"],
+            f"steps=5 on {LINE}: there is no such key; train.steps may be meant; sections and keys are run_id, output_dir, seed, "
+            "model, method, data, features, train, checkpoint, eval, log.",
+        ),
+        (
+            "", ["draft_tokens=5"],
+            f"draft_tokens=5 on {LINE}: there is no such key; method.options.draft_tokens or eval.draft_tokens may be meant; "
+            "sections and keys are run_id, output_dir, seed, model, method, data, features, train, checkpoint, eval, log.",
+        ),
+        ("", ["log.x=5"], f"log.x=5 on {LINE}: there is no such key; keys of log are wandb, wandb_project."),
+        ("", ["method.options.los=kl"], f"method.options.los='kl' on {LINE}: there is no such key; method.options.loss may be meant."),
+        ("log: online", [], "log='online' in c.yaml: is a section; write log.KEY=VALUE, where KEY is one of wandb, wandb_project."),
+        ("", ["train.steps=many"], f"train.steps='many' on {LINE}: must be a whole number; the default is 0."),
+        ("train: {steps: 3}", ["train.steps="], f"train.steps='' on {LINE}: must be a whole number; the default is 0."),
+        ("data:\n  eval_path:", [], "data.eval_path without a value in c.yaml: must be text; the default is ''."),
+        ("train: {profile: x}", [], "train.profile='x' in c.yaml: must be true or false; the default is False."),
+        ("log: {wandb: on}", [], "log.wandb=True in c.yaml: must be one of disabled, offline, online; the default is 'disabled'."),
+        ("", ["model.aux_layer_ids=[a]"], f"model.aux_layer_ids=['a'] on {LINE}: must be a list such as [1,2]; the default is []."),
+        ("", ["model.aux_layer_ids={a: 1}"], f"model.aux_layer_ids={{'a': 1}} on {LINE}: must be a list such as [1,2]; the default is []."),
+        ("output_dir: [x]", [], "output_dir=['x'] in c.yaml: must be text; it has no default."),
+        ("", [], "output_dir: must be given; write it into c.yaml, or output_dir=VALUE on the command line."),
+    ],
+)  # fmt: skip
+def test_a_setting_that_does_not_fit_is_named(
+    text: str, words: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("c.yaml").write_text(text)
+    with pytest.raises(ConfigError) as refused:
+        load_config("c.yaml", words)
+    assert str(refused.value) == message
 
 
 @dataclass(frozen=True)

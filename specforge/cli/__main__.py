@@ -4,6 +4,7 @@ Exit codes: 0 done, 1 failed, 2 wrong usage or configuration, 3 data, 4 features
 """
 
 import importlib
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -62,6 +63,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run_and_exit() -> None:
     """The process entry. A rank leaves without Python's finalisation, in which a gloo thread that still lets go of a tensor aborts."""
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch is loaded; threads that spin starve each other on busy cores
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)  # in a file or a pipe too a line is there when it is printed
     code = main()
     if "RANK" in os.environ:  # set by torchrun, and for the other launchers by World.join
         sys.stdout.flush()

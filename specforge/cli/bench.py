@@ -22,19 +22,22 @@ BENCHES = {
 """Each a module of `specforge.cli.benches`."""
 
 
-def parser() -> argparse.ArgumentParser:
+def parse(words: Sequence[str]) -> argparse.Namespace:
+    """Of the benches only the one that is asked for is imported."""
     whole = argparse.ArgumentParser(prog="specforge bench", description="The last line of the output is one JSON object.")
     benches = whole.add_subparsers(dest="bench", required=True)
     for name, (module_name, about) in BENCHES.items():
-        module = importlib.import_module(f"specforge.cli.benches.{module_name}")
-        one = benches.add_parser(name, help=about, description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-        module.arguments(one)
-        one.set_defaults(run=module.run)
-    return whole
+        one = benches.add_parser(name, help=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+        if words and name == words[0]:
+            module = importlib.import_module(f"specforge.cli.benches.{module_name}")
+            one.description = module.__doc__
+            module.arguments(one)
+            one.set_defaults(run=module.run)
+    return whole.parse_args(words)
 
 
 def run(words: Sequence[str]) -> int:
-    given = parser().parse_args(words)
+    given = parse(words)
     if any(os.environ.get(name) != value for name, value in CALM.items()):
         return subprocess.run([sys.executable, "-m", "specforge", "bench", *words], env={**os.environ, **CALM}, check=False).returncode
     code: int = given.run(given)

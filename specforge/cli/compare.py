@@ -13,7 +13,6 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import product
@@ -22,20 +21,13 @@ from statistics import fmean, median, variance
 from typing import Any
 
 import numpy as np
-import torch
 
 from specforge import files
 from specforge.cli.demo import ANSWER_TOKENS, CALM, TARGET
-from specforge.cli.draft import read_draft
 from specforge.config import load_config
 from specforge.config.methods import registered
-from specforge.data.conversations import read_rows
-from specforge.decode.drafter import Drafter, Proposal
-from specforge.decode.engine import Decoder
 from specforge.demo.rows import split_answers, write_prompts
 from specforge.errors import ConfigError, SpecForgeError
-from specforge.features.tables import TargetTables
-from specforge.features.target import Target
 from specforge.log.run_log import read_metrics
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -44,33 +36,7 @@ INTERMEDIATE_SIZES = {"eagle3": 1112, "peagle": 468, "dflash": 864, "domino": 51
 AUX_LAYER_IDS = (1, 2, 3)
 HELDOUT = 260
 DOMAINS = ("complete", "docstring", "literal", "prose")
-TIMED_PROMPTS, TIMED_STEPS, TIMED_LAPS = 4, 60, 2
-
-
-class DraftClock:
-    """Another drafter, and the seconds that it spent in each round, what it reads of the last one included."""
-
-    def __init__(self, drafter: Drafter) -> None:
-        self._drafter = drafter
-        self.layer_ids, self.draft_nodes = drafter.layer_ids, drafter.draft_nodes
-        self.rounds_s: list[float] = []
-
-    def begin(self, prompts: Sequence[np.ndarray], capacity_tokens: int) -> None:
-        self._drafter.begin(prompts, capacity_tokens)
-        self._prefilled = False
-
-    def extend(self, next_ids_BM: torch.Tensor, aux_BMF: torch.Tensor, counts: Sequence[int]) -> None:
-        began_s = time.perf_counter()
-        self._drafter.extend(next_ids_BM, aux_BMF, counts)
-        self._extended_s = time.perf_counter() - began_s
-
-    def propose(self) -> Proposal:
-        began_s = time.perf_counter()
-        proposal = self._drafter.propose()
-        if self._prefilled:
-            self.rounds_s.append(self._extended_s + time.perf_counter() - began_s)
-        self._prefilled = True
-        return proposal
+TIMED_STEPS, TIMED_LAPS = 60, 2
 
 
 class Comparison:
@@ -79,6 +45,8 @@ class Comparison:
 
     def run(self) -> dict[str, Any]:
         """The numbers of the JSON line."""
+        from specforge.cli.draft_clock import draft_seconds
+
         self._claim()
         self._make_rows()
         self._specforge("prepare", str(recipe("eagle3")), *self._settings("eagle3", 0, self._run("eagle3", 0)), log="rows.log")
@@ -87,7 +55,8 @@ class Comparison:
         numbers = {name: self._numbers(name) for name in INTERMEDIATE_SIZES}
         for name, tokens_per_s in self._training_speeds().items():
             numbers[name]["train_tokens_per_s"] = tokens_per_s
-        for name, seconds in self._draft_seconds().items():
+        drafts = {name: self._run(name, 0) / "latest" for name in INTERMEDIATE_SIZES}
+        for name, seconds in draft_seconds(drafts, self.out / "heldout.jsonl").items():
             numbers[name]["draft_ms"] = 1e3 * seconds
         return {"steps": self.steps, "seeds": self.seeds, "rows": self.rows, "methods": numbers}
 
@@ -147,6 +116,8 @@ class Comparison:
         return evaluated[-1] if evaluated else {}
 
     def _numbers(self, name: str) -> dict[str, Any]:
+        from specforge.features.tables import TargetTables
+
         runs = [self._run(name, seed) for seed in range(self.seeds)]
         lasts = [self._last(run) for run in runs]
         walks = [last["eval/walk_acc_len"] for last in lasts]
@@ -182,19 +153,6 @@ class Comparison:
                 measured = [line["perf/tokens_per_s"] for line in read_metrics(run / "metrics.jsonl") if "perf/tokens_per_s" in line]
             of_name.extend(measured[1:])
         return {name: median(of_name) for name, of_name in speeds.items()}
-
-    def _draft_seconds(self) -> dict[str, float]:
-        """Median of a round, one sequence at a time, greedy, one thread, all drafts decoding the same held-out answers in turns."""
-        torch.set_num_threads(1)
-        target, generator = Target.load(TARGET, "float32"), torch.Generator()
-        drafts = {name: read_draft(str(self._run(name, 0) / "latest"), TARGET, None) for name in INTERMEDIATE_SIZES}
-        clocks = {name: DraftClock(draft.drafter(target, None, generator)) for name, draft in drafts.items()}
-        for _ in range(TIMED_LAPS):
-            for row in read_rows(self.out / "heldout.jsonl")[:TIMED_PROMPTS]:
-                prompt_S = np.array(row.input_ids)[: np.argmax(np.array(row.loss_mask))]
-                for clock in clocks.values():
-                    Decoder(target, clock).decode([prompt_S], ANSWER_TOKENS)
-        return {name: median(clock.rounds_s) for name, clock in clocks.items()}
 
 
 def recipe(name: str) -> Path:

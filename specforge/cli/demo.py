@@ -20,7 +20,6 @@ from typing import Any
 import psutil
 
 from specforge import files
-from specforge.cli.table import acceptance_table
 from specforge.config import load_config
 from specforge.config.load import dump_config
 from specforge.demo.bundle import write_bundle
@@ -169,6 +168,8 @@ class Story:
         return done.stdout.splitlines()
 
     def _summary(self, numbers: dict[str, Any], resumed_from_step: int) -> None:
+        from specforge.cli.table import acceptance_table
+
         lines = read_metrics(self.run_folder / "metrics.jsonl", superseded=False)
         print(loss_curve([(line["step"], line["train/loss"]) for line in lines if "train/loss" in line]))
         for line in lines:

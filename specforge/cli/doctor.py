@@ -49,7 +49,7 @@ def run(words: Sequence[str]) -> int:
         "Exit code 0: training can run. Under torchrun, srun or mpirun all processes join and add a number up.",
     )
     parser.add_argument("config", nargs="?", help="YAML file of the run")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that win over the file")
+    parser.add_argument("overrides", nargs="*", default=(), metavar="key=value", help="settings that win over the file")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     given = parser.parse_args(words)
 
@@ -57,6 +57,9 @@ def run(words: Sequence[str]) -> int:
     findings = [*packages(), *(found for module in needed if (found := importable(module)))]
     if any(finding.state == "bad" for finding in findings):
         return report([*findings, *disk(Path())], given.json)
+    import torch
+
+    findings = [dataclasses.replace(finding, text=torch.__version__) if finding.name == "torch" else finding for finding in findings]
     config = None
     if given.config:
         config, found = configuration(given.config, given.overrides)
@@ -312,7 +315,8 @@ def texts(config: "RunConfig") -> Iterator[Finding]:
             encoded = encode_all(list(islice(rows, _ROWS_ENCODED)), encoder)
             tokens = [len(sample.input_ids) for sample in encoded.samples]
             share = sum(int(sample.loss_mask.sum()) for sample in encoded.samples) / sum(tokens)
-            text = f"{len(rows)} rows; of the first {encoded.num_rows}: longest {max(tokens)} tokens, {share:.0%} supervised"
+            counted = f"{len(rows)} row{'s' * (len(rows) > 1)}"
+            text = f"{counted}; of the first {encoded.num_rows}: longest {max(tokens)} tokens, {share:.0%} supervised"
             yield Finding(f"data.{key}", "ok", f"{text}, {encoded.truncated} truncated")
     except SpecForgeError as error:
         yield Finding("data", "bad", str(error))

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from specforge import files
-from specforge.config import RankingConfig, load_task
+from specforge.config import KEYS_HELP, RankingConfig, load_task
 from specforge.errors import ConfigError
 
 
@@ -15,7 +15,7 @@ def run(words: Sequence[str]) -> int:
         description="Measure a checkpoint on held-out answers. The last line of the output is one JSON object.",
     )
     parser.add_argument("config", help="the configuration of the run, for example RUN/config.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that win over the file")
+    parser.add_argument("overrides", nargs="*", default=(), metavar="key=value", help=KEYS_HELP)
     parser.add_argument("--checkpoint", required=True, help="RUN/best, RUN/latest or a step folder")
     parser.add_argument(
         "--calibrate", action="store_true", help="store beside the weights what scales a draft's confidence or shifts clicks"

@@ -25,7 +25,7 @@ def run(words: Sequence[str]) -> int:
         print(files.json_line(_check(Path(given.check))))
         return 0
     if given.check or not all(wanted):
-        raise ConfigError("specforge export: give --checkpoint, --to and --out, or --check alone.")
+        raise ConfigError("give --checkpoint, --to and --out, or --check alone.")
 
     from specforge.export.folder import export
 

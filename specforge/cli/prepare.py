@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from specforge.config import load_config
+from specforge.config import KEYS_HELP, load_config
 
 
 def run(words: Sequence[str]) -> int:
@@ -14,7 +14,7 @@ def run(words: Sequence[str]) -> int:
         description="Without options: capture the features of the training and the held-out rows. Runs under torchrun too.",
     )
     parser.add_argument("config", help="YAML file of the run")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that win over the file")
+    parser.add_argument("overrides", nargs="*", default=(), metavar="key=value", help=KEYS_HELP)
     parser.add_argument("--show", type=int, metavar="N", help="print N samples of data.train_path, the supervised tokens marked, and stop")
     parser.add_argument("--regenerate", metavar="OUT.jsonl", help="write the target's own answers to the rows of data.train_path, and stop")
     parser.add_argument("--max-new-tokens", type=int, default=1024, help="length limit of an answer (default 1024)")

@@ -4,7 +4,7 @@ import argparse
 import os
 from collections.abc import Sequence
 
-from specforge.config import load_config
+from specforge.config import KEYS_HELP, load_config
 from specforge.errors import ConfigError
 
 
@@ -15,7 +15,7 @@ def run(words: Sequence[str]) -> int:
         "start them one by one or by torchrun. Any of them, and the training too, may be killed and started again.",
     )
     parser.add_argument("config", help="the configuration of the training, with features.source=shared")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that win over the file")
+    parser.add_argument("overrides", nargs="*", default=(), metavar="key=value", help=KEYS_HELP)
     given = parser.parse_args(words)
     config = load_config(given.config, given.overrides)
     if config.features.source != "shared":

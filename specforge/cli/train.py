@@ -3,7 +3,7 @@
 import argparse
 from collections.abc import Sequence
 
-from specforge.config import RankingConfig, load_task
+from specforge.config import KEYS_HELP, RankingConfig, load_task
 from specforge.errors import ConfigError
 
 
@@ -13,7 +13,7 @@ def run(words: Sequence[str]) -> int:
         description="Train a draft, or what `task:` says; several processes: torchrun --nproc-per-node=N -m specforge train C.yaml ...",
     )
     parser.add_argument("config", help="YAML file with the settings that differ from the defaults")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that win over the file, for example train.steps=100")
+    parser.add_argument("overrides", nargs="*", default=(), metavar="key=value", help=KEYS_HELP)
     parser.add_argument("--plan", action="store_true", help="print steps, tokens, memory and disk, and stop")
     given = parser.parse_args(words)
     config = load_task(given.config, given.overrides)

@@ -6,15 +6,21 @@ from pathlib import Path
 from typing import Any, cast
 
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from yaml import YAMLError  # type: ignore[import-untyped]
 
 from specforge import files
 from specforge.config.document import read_document
 from specforge.config.methods import registered
+from specforge.config.mistake import describe_mistake
 from specforge.config.ranking import RankingConfig
 from specforge.config.schema import RunConfig
 from specforge.errors import ConfigError
+
+KEYS_HELP = (
+    "settings that win over the file, for example train.steps=100; every key stands with its default and meaning in "
+    "specforge/config/schema.py, those of method.options in methods.py beside it"
+)
 
 
 def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> RunConfig:
@@ -59,19 +65,28 @@ def _load(path: str | Path | None, overrides: Sequence[str], schema: Callable[[A
     for word in overrides:
         if "=" not in word:
             raise ConfigError(f"override {word!r}: must have the form section.key=value; for example train.steps=100.")
+    words = [f"{word}''" if word.endswith("=") and word.count("=") == 1 else word for word in overrides]  # YAML reads nothing as null
     text = read_document(Path(path)) if path is not None else ""
     try:
-        given = OmegaConf.merge(OmegaConf.create(text), OmegaConf.from_dotlist(list(overrides)))
-        return OmegaConf.to_object(OmegaConf.merge(schema(given), given))
-    except OmegaConfBaseException as error:
-        key = getattr(error, "full_key", None)
-        reason = str(error).splitlines()[0]
-        place = f"in {path} or on the command line" if path is not None else "on the command line"
-        raise ConfigError(f"configuration key {key or '?'}: {reason} Correct it {place}.") from error
-    except (YAMLError, ValueError, TypeError, AttributeError, RecursionError) as error:  # of a value that YAML or OmegaConf cannot make
+        given = cast(DictConfig, OmegaConf.merge(OmegaConf.create(text), OmegaConf.from_dotlist(words)))
+        defaults = schema(given)
+    except (OmegaConfBaseException, YAMLError, ValueError, TypeError, AttributeError, RecursionError) as error:  # no value can be made
         raise ConfigError(
             f"configuration {path or list(overrides)}: {files.shown(error)}; correct the file or the command line."
         ) from error
+
+    def place(key: str) -> str:
+        named = any(f"{word.partition('=')[0]}.".startswith(f"{key}.") for word in overrides)
+        return "on the command line" if named or path is None else f"in {path}"
+
+    try:
+        return OmegaConf.to_object(OmegaConf.merge(defaults, given))
+    except MissingMandatoryValue as error:
+        key = error.full_key
+        raise ConfigError(f"{key}: must be given; write it into {path or 'a file'}, or {key}=VALUE on the command line.") from error
+    except (OmegaConfBaseException, ValueError, TypeError, AttributeError, RecursionError) as error:
+        reason = describe_mistake(defaults, given, place) or f"configuration {path or list(overrides)}: {files.shown(error)}; correct it."
+        raise ConfigError(reason) from error
 
 
 def to_dict(config: RunConfig | RankingConfig) -> dict[str, Any]:

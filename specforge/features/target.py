@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.utils.logging import disable_progress_bar
 
 from specforge import files
 from specforge.errors import ConfigError, FeatureError
@@ -83,6 +84,7 @@ class Target:
             raise FeatureError(f"model.target_path={str(path)!r}: no config.json there; give the folder of a causal language model.")
         if not any(folder.glob("*.safetensors")):
             raise FeatureError(f"model.target_path={str(path)!r}: no *.safetensors there; convert the weights, other formats are not read.")
+        disable_progress_bar()  # every rank would draw its own into the log
         placement: dict[str, Any] = {"device_map": device_map} if device_map else {}
         with files.foreign(folder, FeatureError, "model.target_path must be a model that transformers loads; choose another target"):
             model, report = AutoModelForCausalLM.from_pretrained(

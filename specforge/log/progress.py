@@ -4,11 +4,12 @@ import sys
 import time
 from collections.abc import Mapping
 from types import TracebackType
-from typing import Protocol, Self
+from typing import TYPE_CHECKING, Protocol, Self
 
 from tqdm import tqdm
 
-from specforge.distributed import World
+if TYPE_CHECKING:
+    from specforge.distributed import World
 
 
 class Progress(Protocol):
@@ -25,7 +26,7 @@ class Progress(Protocol):
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None: ...
 
 
-def progress(total: int | None, initial: int = 0, description: str = "", world: World | None = None) -> Progress:
+def progress(total: int | None, initial: int = 0, description: str = "", world: "World | None" = None) -> Progress:
     """Show how far a loop of `total` rounds is, `initial` of which were done before; `total` None: unknown."""
     if world is not None and not world.is_main:
         return tqdm(disable=True)

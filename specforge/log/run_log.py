@@ -5,13 +5,15 @@ import time
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, TextIO
+from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 from tqdm import tqdm
 
 from specforge import files
-from specforge.distributed import World
 from specforge.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from specforge.distributed import World
 
 _LARGEST_MIB = 4096
 Numbers = Mapping[str, float | list[float]]
@@ -27,7 +29,7 @@ class RunLog:
     def __init__(
         self,
         folder: Path,
-        world: World,
+        world: "World",
         wandb_mode: Literal["disabled", "offline", "online"] = "disabled",
         wandb_project: str = "specforge",
         run_id: str = "run",

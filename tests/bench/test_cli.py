@@ -71,7 +71,7 @@ def test_a_logged_command_asks_for_its_own_configuration(capsys: pytest.CaptureF
     for row in ExperimentLog(tmp_path).rows():
         words = row.command.split()
         assert words[:2] == ["specforge", "bench"]
-        [asked] = command.asked_for(MixtureCase(), bench.parser().parse_args(words[2:]))
+        [asked] = command.asked_for(MixtureCase(), bench.parse(words[2:]))
         assert (asked.levers, asked.problem) == (row.levers, row.problem)
 
 

@@ -25,7 +25,7 @@ def with_defaults(case: Case, row: Row) -> dict[str, str]:
 def test_a_claim_can_be_measured_again(asked: str) -> None:
     """The command beside a claim is one that this command line takes, and asks for the very configuration of the claim."""
     program, verb, *words = asked.split()
-    given = bench.parser().parse_args(words)
+    given = bench.parse(words)
     case = load_case(given.case)
     [configuration] = command.asked_for(case, given)
     assert (program, verb) == ("specforge", "bench")

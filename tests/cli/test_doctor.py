@@ -47,6 +47,15 @@ def test_a_machine_that_can_train(capsys: pytest.CaptureFixture[str]) -> None:
     assert found["locks"]["state"] == found["links"]["state"] == "ok"
 
 
+def test_torch_is_named_with_its_build(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which is not part of every wheel's own version."""
+    written = tmp_path / "torch-99.0.dist-info" / "METADATA"
+    written.parent.mkdir()
+    written.write_text("Metadata-Version: 2.1\nName: torch\nVersion: 99.0\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert examine(capsys)[1]["torch"]["text"] == torch.__version__
+
+
 def test_the_table_is_for_people(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor"]) == 0
     lines = capsys.readouterr().out.splitlines()

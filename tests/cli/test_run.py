@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import torch
 
-from specforge import files
+from specforge import __version__, files
 from specforge.cli.__main__ import COMMANDS, main
 from specforge.cli.compose import build_controller, evaluate_checkpoint, set_threads
-from specforge.config import RunConfig, load_config
+from specforge.config import KEYS_HELP, RunConfig, load_config
 from specforge.distributed import World
 from specforge.features.target import Target
 from specforge.log.run_log import read_metrics
@@ -283,9 +283,20 @@ def test_commands_explain_themselves(capsys: pytest.CaptureFixture[str]) -> None
         with pytest.raises(SystemExit) as ended:
             main([command, "--help"])
         assert ended.value.code == 0
-        assert f"usage: specforge {command}" in capsys.readouterr().out
+        shown = capsys.readouterr().out
+        assert f"usage: specforge {command}" in shown
+        if command in ("train", "prepare", "eval"):
+            assert KEYS_HELP in " ".join(shown.split())
     assert main(["trian"]) == 2
     assert "no command" in capsys.readouterr().err
+
+
+def test_a_command_that_lacks_something_says_what(capsys: pytest.CaptureFixture[str]) -> None:
+    assert fails(["export", "--to", "hf"], 2, capsys) == "specforge export: give --checkpoint, --to and --out, or --check alone.\n"
+    for command in ("train", "prepare", "produce"):
+        with pytest.raises(SystemExit):
+            main([command])
+        assert capsys.readouterr().err.endswith("required: config\n")
 
 
 def test_the_last_line_of_eval_is_json(prepared: tuple[Path, list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -299,6 +310,18 @@ def test_the_last_line_of_eval_is_json(prepared: tuple[Path, list[str]], tmp_pat
     assert len(calibration.scale) == len(numbers["eval/calibration/platt/per_position_ece"]) == numbers["eval/draft_tokens"]
     assert numbers["target_loads"] == 0 or Target.loads > 0
     assert numbers["eval/samples"] == 6
+
+
+def test_lines_reach_a_file_when_they_are_printed() -> None:
+    """What leaves at the exit comes after the last word on the other stream, which waits for nothing."""
+    story = (
+        "import atexit, sys; from specforge.cli.__main__ import run_and_exit; sys.argv = ['specforge', '--version'];"
+        "atexit.register(sys.stderr.write, 'the end\\n'); run_and_exit()"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    words = [sys.executable, "-c", story]
+    said = subprocess.run(words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=True)
+    assert said.stdout == f"{__version__}\nthe end\n"
 
 
 def test_threads_that_wait_sleep() -> None:

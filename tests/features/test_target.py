@@ -16,6 +16,7 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
 )
+from transformers.utils.logging import enable_progress_bar
 
 from specforge.errors import ConfigError, FeatureError
 from specforge.features import target as target_module
@@ -38,6 +39,12 @@ def sharp(model: torch.nn.Module) -> Target:
         elif "norm" in name or "ln_" in name:
             torch.nn.init.uniform_(parameter, 0.5, 1.5)
     return Target(model)
+
+
+def test_a_target_is_loaded_without_a_word(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    enable_progress_bar()
+    Target.load(folder, "float32")
+    assert capfd.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize(

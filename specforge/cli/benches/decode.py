@@ -11,7 +11,7 @@ from specforge import files
 from specforge.bench.decode import measure, table
 from specforge.cli.draft import read_draft
 from specforge.cli.inputs import encode
-from specforge.config import load_config
+from specforge.config import KEYS_HELP, load_config
 from specforge.distributed import World
 from specforge.errors import DataError
 from specforge.eval.acceptance import answers
@@ -22,7 +22,7 @@ from specforge.models.calibration import Calibration
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", help="the configuration of the run, for example RUN/config.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that win over the file")
+    parser.add_argument("overrides", nargs="*", default=(), metavar="key=value", help=KEYS_HELP)
     parser.add_argument("--checkpoint", required=True, help="RUN/best, RUN/latest or a step folder, calibrated")
     parser.add_argument("--prompts", type=int, default=32, help="answers to decode, of those that no scaling was fitted on")
     parser.add_argument("--laps", type=int, default=6, help="how often; the fastest of each answer counts")
