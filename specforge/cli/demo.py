@@ -181,6 +181,7 @@ class Story:
         print(acceptance_table(numbers))
         loads, forwards, cache_s = (numbers[name] for name in ("target_loads", "target_forwards", "cache_s"))
         print(f"features: {loads} loads and {forwards} forwards of the target; cache hit and verification {cache_s} s")
+        print(closing_words(numbers, self.out, self.target))
         last = {
             "walk": numbers.get("eval/walk_acc_len"),
             "walk_low": numbers.get("eval/walk_acc_len_low"),
@@ -201,6 +202,28 @@ def loss_curve(points: Sequence[tuple[int, float]], width: int = 48) -> str:
     """One bar a point, longer for a larger loss."""
     highest = max(loss for _, loss in points)
     return "\n".join(f"step {step:>4}  loss {loss:6.3f}  {'█' * max(1, round(width * loss / highest))}" for step, loss in points)
+
+
+def closing_words(numbers: dict[str, Any], out: Path, target: Path) -> str:
+    """What was found, where it lies, and how to look further."""
+
+    def walk(name: str) -> str:
+        low, high = numbers[f"eval/{name}_low"], numbers[f"eval/{name}_high"]
+        return f"{numbers[f'eval/{name}']:.3f} [{low:.2f}, {high:.2f}]"
+
+    mib = sum(path.stat().st_size for path in out.rglob("*") if path.is_file() and not path.is_symlink()) / 2**20
+    lines = [f"The draft is {out / 'run' / 'best' / 'draft'}; all of {out} takes {mib:.0f} MiB of disk. To look further:"]
+    if "eval/walk_acc_len" in numbers:
+        of_ngram = walk("ngram_walk_acc_len")
+        lines.insert(
+            0, f"A round commits {walk('walk_acc_len')} tokens with the draft and {of_ngram} with the n-gram drafter (95 % intervals)."
+        )
+    return "\n".join([
+        "", *lines,
+        f"  source {os.path.relpath(Path(sys.prefix) / 'bin' / 'activate')}",
+        f"  specforge report {out / 'run'} --out report.html",
+        f"  specforge generate --target {os.path.relpath(target)} --draft {out / 'run' / 'best'} --prompt 'Sort words in Python'",
+    ])  # fmt: skip
 
 
 def _descendants(pid: int) -> list[int]:
