@@ -51,7 +51,7 @@ def run(words: Sequence[str]) -> int:
     parser.add_argument("config", nargs="?", help="YAML file of the run")
     parser.add_argument("overrides", nargs="*", default=(), metavar="key=value", help="settings that win over the file")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
-    given = parser.parse_args(words)
+    given = parser.parse_intermixed_args(words)
 
     needed = ("torch", *(["omegaconf", "transformers"] if given.config else []))
     findings = [*packages(), *(found for module in needed if (found := importable(module)))]

@@ -20,7 +20,7 @@ def run(words: Sequence[str]) -> int:
     parser.add_argument("--max-new-tokens", type=int, default=1024, help="length limit of an answer (default 1024)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0: greedy (default)")
     parser.add_argument("--batch", type=int, default=128, help="answers generated at a time (default 128)")
-    given = parser.parse_args(words)
+    given = parser.parse_intermixed_args(words)
     config = load_config(given.config, given.overrides)
 
     from specforge.cli import inputs

@@ -16,7 +16,7 @@ def run(words: Sequence[str]) -> int:
     )
     parser.add_argument("config", help="the configuration of the training, with features.source=shared")
     parser.add_argument("overrides", nargs="*", default=(), metavar="key=value", help=KEYS_HELP)
-    given = parser.parse_args(words)
+    given = parser.parse_intermixed_args(words)
     config = load_config(given.config, given.overrides)
     if config.features.source != "shared":
         raise ConfigError(

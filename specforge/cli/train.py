@@ -15,7 +15,7 @@ def run(words: Sequence[str]) -> int:
     parser.add_argument("config", help="YAML file with the settings that differ from the defaults")
     parser.add_argument("overrides", nargs="*", default=(), metavar="key=value", help=KEYS_HELP)
     parser.add_argument("--plan", action="store_true", help="print steps, tokens, memory and disk, and stop")
-    given = parser.parse_args(words)
+    given = parser.parse_intermixed_args(words)
     config = load_task(given.config, given.overrides)
     if given.plan:
         if isinstance(config, RankingConfig):

@@ -257,7 +257,7 @@ def test_held_out_rows_that_are_trained_on_are_told(
     assert capsys.readouterr().out.count(told) == 1
     assert main(base) == 0
     assert capsys.readouterr().err.count(told) == 1
-    assert main([*base, "data.exclude_ids=[r0,r1,r2,r3,r4,r5]", "--plan"]) == 0
+    assert main([*base, "--plan", "data.exclude_ids=[r0,r1,r2,r3,r4,r5]"]) == 0
     assert "trained on too" not in capsys.readouterr().out
 
 
