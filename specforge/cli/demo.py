@@ -38,6 +38,7 @@ CALM = {
     "MALLOC_TOP_PAD_": str(2**28),
 }
 """On busy cores waiting threads should sleep, and large buffers should be reused rather than returned to the system."""
+PROMPT = "Write the rest of this function. def read_lines(path):"
 TARGET = Path(__file__).parent.parent / "demo" / "target"
 
 
@@ -222,7 +223,7 @@ def closing_words(numbers: dict[str, Any], out: Path, target: Path) -> str:
         "", *lines,
         f"  source {os.path.relpath(Path(sys.prefix) / 'bin' / 'activate')}",
         f"  specforge report {out / 'run'} --out report.html",
-        f"  specforge generate --target {os.path.relpath(target)} --draft {out / 'run' / 'best'} --prompt 'Sort words in Python'",
+        f"  specforge generate --target {os.path.relpath(target)} --draft {out / 'run' / 'best'} --prompt '{PROMPT}'",
     ])  # fmt: skip
 
 
