@@ -12,7 +12,7 @@ set -euo pipefail
 
 export PIP_DISABLE_PIP_VERSION_CHECK=1
 
-root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+root="$(cd -P "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 case "${1:-speculators}" in
     speculators)
         venv="${SPECFORGE_PEER_VENV:-$root/.venv-peer}"

@@ -36,21 +36,21 @@ Exchange = tuple[str, str]
 
 
 @lru_cache(maxsize=64)
-def _tree(document: Document) -> ast.Module:
-    """The document's syntax tree; empty if this Python cannot read it."""
+def _nodes(document: Document) -> tuple[ast.AST, ...]:
+    """All of the document's syntax tree, breadth first; empty if this Python cannot read it."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", SyntaxWarning)
         warnings.simplefilter("ignore", DeprecationWarning)
         try:
-            return ast.parse(document.text)
+            return tuple(ast.walk(ast.parse(document.text)))
         except (SyntaxError, ValueError):
-            return ast.Module(body=[], type_ignores=[])
+            return ()
 
 
 def _functions(document: Document) -> Iterator[tuple[str, ast.FunctionDef]]:
     """Source (dedented) and tree of the document's functions."""
     lines = document.text.splitlines()
-    for node in ast.walk(_tree(document)):
+    for node in _nodes(document):
         if isinstance(node, ast.FunctionDef) and node.end_lineno is not None and node.end_lineno - node.lineno < 40:
             yield textwrap.dedent("\n".join(lines[node.lineno - 1 : node.end_lineno])), node
 
@@ -81,7 +81,7 @@ def _docstring(document: Document, choice: random.Random) -> Iterator[Exchange]:
 
 
 def _prose(document: Document, choice: random.Random) -> Iterator[Exchange]:
-    for node in ast.walk(_tree(document)):
+    for node in _nodes(document):
         if not isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
             continue
         for paragraph in (ast.get_docstring(node) or "").split("\n\n"):
@@ -127,7 +127,7 @@ RULES: dict[str, tuple[type, Callable[[Any], str]]] = {
 
 
 def _literal(document: Document, choice: random.Random) -> Iterator[Exchange]:
-    for node in ast.walk(_tree(document)):
+    for node in _nodes(document):
         if not isinstance(node, ast.List | ast.Tuple | ast.Dict):
             continue
         try:

@@ -18,8 +18,6 @@ from specforge.demo.rows import split_answers
 from tests.doc_pages import PAGES, ROOT, Block, blocks
 
 pytestmark = pytest.mark.long
-PEERS = (".venv-peer", ".venv-lm-eval")
-"""The environments of scripts/peer.sh, which many tests and the reader share."""
 RUN = [block for page in PAGES for block in blocks(page) if block.is_run]
 
 
@@ -40,8 +38,7 @@ def shell(script: str, folder: Path) -> subprocess.CompletedProcess[str]:
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkout in which the quickstart has left its rows, its configuration and its run, all of them small, beside what readers bring."""
     folder = tmp_path_factory.mktemp("checkout")
-    for name in ("configs", "scripts", "specforge", "tests", *PEERS):
-        (ROOT / name).mkdir(exist_ok=True)
+    for name in ("configs", "scripts", "specforge", "tests"):
         (folder / name).symlink_to(ROOT / name)
     quickstart = folder / "runs" / "quickstart"
     quickstart.mkdir(parents=True)
