@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Make sure that there is a Chromium with its driver for tests/long/test_report_browser.py, and print where it is.
+# Make sure that there is a Chromium with its driver for the tests of pages, and print where it is.
 # As root on Debian it is installed; elsewhere this says what to install.
 set -euo pipefail
 

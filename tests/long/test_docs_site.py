@@ -14,15 +14,14 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from selenium.webdriver import Chrome, ChromeOptions
-from selenium.webdriver.chrome.service import Service
+from selenium.webdriver import Chrome
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.wait import WebDriverWait
 
 from specforge.config import RankingConfig, RunConfig
 from specforge.config.methods import METHODS
+from tests.chromium import needs_chromium, started_chromium
 from tests.doc_pages import ROOT
-from tests.long.test_report_browser import CHROMIUM, DRIVER, SWITCHES
 
 pytestmark = pytest.mark.long
 LOADED = {
@@ -153,14 +152,8 @@ def address(site: Path) -> Iterator[str]:
 
 @pytest.fixture
 def chromium(tmp_path: Path) -> Iterator[Chrome]:
-    options = ChromeOptions()
-    options.binary_location = str(CHROMIUM)
-    for switch in (*SWITCHES, f"--user-data-dir={tmp_path / 'profile'}"):
-        options.add_argument(switch)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    driver = Chrome(options=options, service=Service(str(DRIVER)))
-    yield driver
-    driver.quit()
+    with started_chromium(tmp_path / "profile") as driver:
+        yield driver
 
 
 def show(chromium: Chrome, url: str, width: int, scheme: str) -> None:
@@ -174,7 +167,7 @@ def show(chromium: Chrome, url: str, width: int, scheme: str) -> None:
     WebDriverWait(chromium, 30).until(lambda shown: shown.execute_script(colour) == paper, f"{url}: its paper is not {scheme}")
 
 
-@pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="chromium and chromedriver are not installed; see scripts/browser.sh")
+@needs_chromium
 def test_it_is_read_on_a_phone_in_the_dark_searched_and_asks_nobody_else(address: str, chromium: Chrome) -> None:
     for page in ("concepts", "troubleshooting", "api/configuration"):
         for width, scheme in ((1280, "light"), (1280, "dark"), (360, "dark")):

@@ -1,34 +1,25 @@
 """The report in headless Chromium: it renders without a word on the console or the network, and legend, tabs and pointer work.
 
-Screenshots are left in `artefacts/report` for people to look at. `scripts/browser.sh` installs what this needs.
+Screenshots are left in `artefacts/report` for people to look at.
 """
 
 import base64
 import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from selenium.webdriver import ActionChains, Chrome, ChromeOptions
-from selenium.webdriver.chrome.service import Service
+from selenium.webdriver import ActionChains, Chrome
 from selenium.webdriver.common.by import By
 from selenium.webdriver.remote.webelement import WebElement
 
 from specforge.cli.__main__ import main
+from tests.chromium import needs_chromium, started_chromium
 from tests.report.runs import HOSTILE, write_run
 
-CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
-pytestmark = [
-    pytest.mark.long,
-    pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="chromium and chromedriver are not installed; see scripts/browser.sh"),
-]
+pytestmark = [pytest.mark.long, needs_chromium]
 ARTEFACTS = Path(__file__).parents[2] / "artefacts" / "report"
-SWITCHES = (
-    *("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-dev-shm-usage", "--no-first-run"),
-    *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
-)
 
 
 class Browser:
@@ -85,14 +76,8 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
         write_run(folder / "c", "third", [1.0, 1.2, 1.125], method="domino", recorded=False),
     ]
     assert main(["report", *map(str, runs), "--out", str(folder / "report.html")]) == 0
-    options = ChromeOptions()
-    options.binary_location = str(CHROMIUM)
-    for switch in (*SWITCHES, f"--user-data-dir={folder / 'profile'}"):
-        options.add_argument(switch)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    driver = Chrome(options=options, service=Service(str(DRIVER)))
-    yield Browser(driver, folder / "report.html")
-    driver.quit()
+    with started_chromium(folder / "profile") as driver:
+        yield Browser(driver, folder / "report.html")
 
 
 def test_it_renders_alone(browser: Browser) -> None:
