@@ -34,7 +34,7 @@ class Peer:
             file,
             metadata={"sizes": json.dumps(sizes), "draft_vocab_size": str(shape.draft_vocab), "ttt_steps": str(shape.draft_tokens)},
         )
-        command = [python, "-P", CHILD, file]  # without -P, modules beside CHILD would hide those of Python, such as `profile`
+        command = [*map(str, (python, "-P", CHILD, file))]  # without -P, modules beside CHILD would hide those of Python, such as `profile`
         try:
             self._child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         except OSError as cause:
