@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from specforge.config import dump_config, load_config
@@ -60,11 +61,15 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def bring(folder: Path) -> None:
-    """What the pages suppose a reader to have: prompts, rows, a suite, and the configuration of README for them."""
+    """What the pages suppose a reader to have: prompts, rows, a suite, the configuration of README for them, and what takes minutes to
+    make, the token streams of the target's recipe."""
     quickstart = folder / "runs" / "quickstart"
     for rows, name in ((quickstart / "prompts.jsonl", "prompts.jsonl"), (quickstart / "heldout.jsonl", "heldout.jsonl")):
         (folder / name).write_text("".join(rows.read_text().splitlines(keepends=True)[:16]))
     write_bundle(folder / "eval_bundle", 12)
+    streams = folder / "runs" / "target" / "streams.npz"
+    streams.parent.mkdir()
+    np.savez(streams, **{name: np.random.default_rng(0).integers(4000, size=20_000, dtype=np.uint16) for name in ("sources", "chats")})
     (folder / "my.yaml").write_text(next(block.text for block in blocks(ROOT / "README.md") if block.language == "yaml"))
     smaller = [
         "model.target_path=specforge/demo/target", "data.eval_path=heldout.jsonl", "data.max_length=128", "train.batch_samples=8",
