@@ -39,6 +39,7 @@ def make_folder(final: Path) -> Path:
         (folder / "sub").mkdir()
         (folder / "a.json").write_text("{}")
         (folder / "sub" / "b.bin").write_bytes(bytes(range(200)))
+        (folder / "sub" / "b.bin").chmod(0o600)
     return final
 
 
@@ -46,6 +47,7 @@ def test_staged_folder_appears_sealed(tmp_path: Path) -> None:
     final = make_folder(tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert sorted(files.verify(final)["files"]) == ["a.json", "sub/b.bin"]
+    assert (final / "sub" / "b.bin").stat().st_mode == (final / "manifest.json").stat().st_mode, "who may read one may read all"
 
 
 def test_failed_staging_leaves_nothing(tmp_path: Path) -> None:

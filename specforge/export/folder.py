@@ -34,8 +34,6 @@ def export(trained: TrainedDraft, format_name: str, out: Path) -> dict[str, Any]
     with files.writable(out.parent, ExportError), files.staging(out, leave_out=(CARD,)) as folder:
         files.write_json(folder / "config.json", config_of(trained, format_name))
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-        # It is written for its owner alone, and an engine may run as somebody else.
-        (folder / "model.safetensors").chmod((folder / "config.json").stat().st_mode)
         if trained.calibration is not None:
             shutil.copyfile(trained.calibration, folder / trained.calibration.name)
         record = record_of(trained, format_name)

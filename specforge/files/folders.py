@@ -73,6 +73,9 @@ def publish(
     for subfolder in sorted(path for path in folder.rglob("*") if path.is_dir()):
         sync_folder(subfolder)
     write_json(folder / manifest_name, {"format": MANIFEST_FORMAT, **(notes or {}), "files": files})
+    rights = (folder / manifest_name).stat().st_mode
+    for name in files:
+        (folder / name).chmod(rights)  # safetensors writes for the owner alone, and readers may be somebody else
     folder.rename(final)
     sync_folder(final.parent)
 

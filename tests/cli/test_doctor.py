@@ -81,7 +81,7 @@ def test_what_a_configuration_lacks(settings: list[str], tmp_path: Path, capsys:
     (tmp_path / "broken.jsonl").write_text('{"conversations": [')
     assert "broken.jsonl:1" in examine(capsys, *settings, f"data.train_path={tmp_path}/broken.jsonl")[1]["data"]["text"]
     code, found = examine(capsys, *settings, "train.stepps=3")
-    assert (code, found["disk"]["state"]) == (1, "ok"), "the machine is examined all the same"
+    assert code == 1 and {"processors", "memory", "disk"} <= found.keys(), "the machine is examined all the same"
     assert "train.stepps" in found["configuration"]["text"]
 
 
