@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,20 +16,32 @@ SCRIPT = Path(__file__).parents[2] / "scripts" / "compare_methods.sh"
 pytestmark = pytest.mark.long
 
 
-def call(out: Path, rows: int) -> subprocess.CompletedProcess[str]:
+def start(out: Path, rows: int) -> "subprocess.Popen[str]":
     command = [SCRIPT, "--out", out, "--steps", "2", "--rows", str(rows), "--seeds", "1"]
-    return subprocess.run(command, env={**os.environ, "SPECFORGE_VENV": sys.prefix}, capture_output=True, text=True, check=False)
+    environment = {**os.environ, "SPECFORGE_VENV": sys.prefix}
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
 
 
-def compare(out: Path) -> tuple[str, dict[str, dict[str, float]]]:
-    done = call(out, rows=40)
-    assert done.returncode == 0, done.stderr[-2000:]
-    *text, last = done.stdout.splitlines()
-    return "\n".join(text), json.loads(last)["methods"]
+def compare(out: Path, rows: int) -> tuple[int, str, str]:
+    """Exit code, output and errors."""
+    with start(out, rows) as process:
+        text, errors = process.communicate()
+    return process.returncode, text, errors
 
 
-def test_every_method_is_compared_and_what_was_trained_is_kept(tmp_path: Path) -> None:
-    text, methods = compare(tmp_path / "methods")
+def test_every_method_is_compared_and_what_was_trained_before_a_kill_is_kept(tmp_path: Path) -> None:
+    out = tmp_path / "methods"
+    with start(out, rows=40) as process:
+        assert process.stdout is not None
+        trained, walk = process.stdout.readline().split(": walk ")
+        os.killpg(process.pid, signal.SIGKILL)
+    log = (out / trained / "metrics.jsonl").read_bytes()
+
+    code, text, errors = compare(out, rows=40)
+    assert code == 0, errors[-2000:]
+    assert f"{trained}:" not in text and (out / trained / "metrics.jsonl").read_bytes() == log
+    methods = json.loads(text.splitlines()[-1])["methods"]
+    assert methods[trained.removesuffix("-0")]["walk"] == pytest.approx(float(walk), abs=5e-4)
     assert methods.keys() == METHODS.keys()
     sizes = [numbers["parameters"] for numbers in methods.values()]
     assert max(sizes) < 1.002 * min(sizes), "equal parameters"
@@ -39,10 +52,5 @@ def test_every_method_is_compared_and_what_was_trained_is_kept(tmp_path: Path) -
     assert len({numbers["ngram"] for numbers in methods.values()}) == 1, "equal answers"
     assert all(f"| {name} |" in text for name in [*METHODS, "n-gram"])
 
-    logs = {path: path.stat().st_mtime_ns for path in tmp_path.glob("methods/*/metrics.jsonl")}
-    _, again = compare(tmp_path / "methods")
-    assert len(logs) == len(METHODS) and all(path.stat().st_mtime_ns == changed for path, changed in logs.items())
-    assert [numbers["walk"] for numbers in again.values()] == [numbers["walk"] for numbers in methods.values()]
-
-    done = call(tmp_path / "methods", rows=60)
-    assert done.returncode == 2 and "'rows': 40" in done.stderr and "'rows': 60" in done.stderr and "choose another folder" in done.stderr
+    code, _, errors = compare(out, rows=60)
+    assert code == 2 and "'rows': 40" in errors and "'rows': 60" in errors and "choose another folder" in errors
