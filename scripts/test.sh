@@ -23,6 +23,7 @@ $all || exec "$python" -m pytest "$@"
 
 first="$(mktemp)"
 trap 'kill $! 2>/dev/null || true; rm -f "$first"' EXIT
+trap 'exit 130' INT
 "$python" -m pytest "$@" >"$first" 2>&1 &
 codes=(0 0)
 "$python" -m pytest -m long "$@" || codes[1]=$?
