@@ -4,9 +4,11 @@ import contextlib
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -45,6 +47,14 @@ def test_a_machine_that_can_train(capsys: pytest.CaptureFixture[str]) -> None:
     assert found["torch"]["text"] == torch.__version__
     assert {"python", "world", "processors", "memory", "disk"} <= found.keys()
     assert found["locks"]["state"] == found["links"]["state"] == "ok"
+
+
+@pytest.mark.parametrize(("free_gib", "state"), [(20.0, "note"), (20.1, "ok")])
+def test_little_disk_is_a_note(free_gib: float, state: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=int(free_gib * 2**30)))
+    code, found = examine(capsys)
+    assert (code, found["disk"]["state"]) == (0, state), "a note stops nobody"
+    assert f"{free_gib:.1f}" in found["disk"]["text"]
 
 
 def test_torch_is_named_with_its_build(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from specforge.cli.__main__ import main
 from specforge.distributed import World
@@ -87,12 +88,17 @@ def test_a_draft_of_experts_is_refused_in_every_format(name: str, saved: Saved, 
         assert "mixtures of 4 experts" in (error := capsys.readouterr().err) and "no other format helps" in error
 
 
-def test_shards_of_two_ranks_become_one_file(stores: Any, tmp_path: Path) -> None:
+def test_shards_of_two_ranks_become_one_file(stores: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a process group, and equal to what one rank saved."""
+
+    def refuse(*_: Any, **__: Any) -> None:
+        pytest.fail("an export asks for no process group")
+
     target, store = stores("llama3")
     run_ranks(save, "eagle3", target, store.folder, tmp_path / "two", {}, world=2)
     save(World(), "eagle3", target, store.folder, tmp_path / "one", {})
     assert len(list((tmp_path / "two" / "r-step0" / "draft").glob("*.safetensors"))) == 2
+    monkeypatch.setattr(dist, "init_process_group", refuse)
     found = []
     for run in ("one", "two"):
         words = ["export", "--checkpoint", str(tmp_path / run / "latest"), "--to", "sglang", "--out", str(tmp_path / f"{run}-out")]
