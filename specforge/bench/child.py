@@ -1,8 +1,9 @@
 """A command as its users run it, in a process of its own, and what it cost."""
 
+import json
 import os
-import resource
 import subprocess
+import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,18 +11,20 @@ from typing import NamedTuple
 
 from specforge.errors import SpecForgeError
 
+_BETWEEN = """
+import json, resource, subprocess, sys
+code = subprocess.call(sys.argv[2:])
+usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+with open(sys.argv[1], "w") as file:
+    json.dump([code, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024], file)
+"""
+"""Linux hands the largest resident set of whoever starts a program on to that program; this one's is some 10 MiB."""
+
 
 class Child(NamedTuple):
     printed: str
-    usage: resource.struct_rusage
-
-    @property
-    def cpu_s(self) -> float:
-        return self.usage.ru_utime + self.usage.ru_stime
-
-    @property
-    def peak_mib(self) -> float:
-        return self.usage.ru_maxrss / 1024
+    cpu_s: float
+    peak_mib: float
 
 
 def run_child(command: Sequence[str | Path], env: Mapping[str, str] | None = None) -> Child:
@@ -30,18 +33,16 @@ def run_child(command: Sequence[str | Path], env: Mapping[str, str] | None = Non
     Raises:
         SpecForgeError: it cannot be started, or fails; the last lines of what it said on stderr are in the message.
     """
-    with tempfile.TemporaryFile("w+") as printed, tempfile.TemporaryFile("w+") as said:
-        try:
-            process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}, stdout=printed, stderr=said)
-        except OSError as cause:
-            raise SpecForgeError(f"{command[0]}: cannot be run ({cause}); give the path of a program.") from cause
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
+    words = [str(word) for word in command]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
+    with tempfile.TemporaryFile("w+") as printed, tempfile.TemporaryFile("w+") as said, tempfile.NamedTemporaryFile("r") as cost:
+        between = [sys.executable, "-I", "-S", "-c", _BETWEEN, cost.name, *words]
+        subprocess.run(between, env=environment, stdout=printed, stderr=said, check=False)
         printed.seek(0)
         said.seek(0)
-        if status:
-            last = "\n".join(said.read().splitlines()[-5:])
-            raise SpecForgeError(
-                f"`{' '.join(map(str, command))}` ended with {process.returncode}; run it to see why. It said last:\n{last}"
-            )
-        return Child(printed.read(), usage)
+        code, cpu_s, peak_mib = json.loads(cost.read() or "[null, 0, 0]")
+        if code == 0:
+            return Child(printed.read(), cpu_s, peak_mib)
+        last = "\n".join(said.read().splitlines()[-5:])
+    how = "cannot be run" if code is None else f"ended with {code}"
+    raise SpecForgeError(f"`{' '.join(words)}` {how}; run it to see why. It said last:\n{last}")

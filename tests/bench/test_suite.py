@@ -112,9 +112,11 @@ def test_a_missing_peer_and_unfit_tasks_are_said(
 
 
 def test_a_child_is_measured_and_its_last_words_are_passed_on() -> None:
-    child = run_child(["python3", "-c", "print(sum(range(3_000_000)) and 'done')"])
-    assert child.printed == "done\n" and child.cpu_s > 0 and 1 < child.peak_mib < 1000
+    """100 MiB that it fills are in its peak, and 400 of ours are not."""
+    own = bytearray(b"1") * (400 * 2**20)
+    child = run_child(["python3", "-c", "filled = bytearray(b'1') * (100 * 2**20); print('done')"])
+    assert child.printed == "done\n" and child.cpu_s > 0 and 100 < child.peak_mib < len(own) / 2**20
     with pytest.raises(SpecForgeError, match=r"ended with 3; run it to see why. It said last:\nno such thing"):
         run_child(["sh", "-c", "echo no such thing >&2; exit 3"])
-    with pytest.raises(SpecForgeError, match=r"nowhere: cannot be run"):
+    with pytest.raises(SpecForgeError, match=r"`/nowhere` cannot be run"):
         run_child(["/nowhere"])
